@@ -1,0 +1,298 @@
+//! Who connects to what: connectors and connection info, wire to domain type and back.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, Iqn, ParseError, Portal, Secret, Serial, Wwn, wire};
+
+/// May the connector write?
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccessMode {
+    /// One writer.
+    ReadWrite,
+    /// The storage host refuses writes.
+    ReadOnly,
+}
+
+impl From<wire::AccessMode> for AccessMode {
+    fn from(mode: wire::AccessMode) -> Self {
+        match mode {
+            wire::AccessMode::ReadOnly => Self::ReadOnly,
+            wire::AccessMode::Unspecified | wire::AccessMode::ReadWrite => Self::ReadWrite,
+        }
+    }
+}
+
+impl From<AccessMode> for wire::AccessMode {
+    fn from(mode: AccessMode) -> Self {
+        match mode {
+            AccessMode::ReadWrite => Self::ReadWrite,
+            AccessMode::ReadOnly => Self::ReadOnly,
+        }
+    }
+}
+
+impl TryFrom<i32> for AccessMode {
+    type Error = ParseError;
+    fn try_from(number: i32) -> Result<Self, ParseError> {
+        wire::AccessMode::try_from(number).map(Self::from).map_err(|_| {
+            ParseError::new(
+                "access_mode",
+                "must be ACCESS_MODE_READ_WRITE or _READ_ONLY",
+                &number.to_string(),
+            )
+        })
+    }
+}
+
+/// What a compute host tells about itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connector {
+    /// The host's name, for people: 1 to 253 of `a-z A-Z 0-9 . _ -`.
+    pub hostname: String,
+    /// The initiator's name; the only one that gets in.
+    pub initiator_iqn: Iqn,
+    /// The host's own addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Versions by name.
+    pub versions: BTreeMap<String, String>,
+}
+
+impl TryFrom<&wire::Connector> for Connector {
+    type Error = ParseError;
+    fn try_from(wire: &wire::Connector) -> Result<Self, ParseError> {
+        let legal = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+        if !(1..=253).contains(&wire.hostname.len()) || !wire.hostname.bytes().all(legal) {
+            return Err(ParseError::new(
+                "connector.hostname",
+                "must have 1 to 253 of a-z A-Z 0-9 . _ -",
+                &wire.hostname,
+            ));
+        }
+        Ok(Self {
+            hostname: wire.hostname.clone(),
+            initiator_iqn: wire
+                .initiator_iqn
+                .parse()
+                .map_err(|error: ParseError| ParseError { field: "connector.initiator_iqn", ..error })?,
+            addresses: wire
+                .addresses
+                .iter()
+                .map(|text| {
+                    text.parse().map_err(|_| {
+                        ParseError::new("connector.addresses", "must be an IPv4 or IPv6 address", text)
+                    })
+                })
+                .collect::<Result<_, _>>()?,
+            versions: wire.versions.clone().into_iter().collect(),
+        })
+    }
+}
+
+impl From<&Connector> for wire::Connector {
+    fn from(connector: &Connector) -> Self {
+        Self {
+            hostname: connector.hostname.clone(),
+            initiator_iqn: connector.initiator_iqn.to_string(),
+            addresses: connector.addresses.iter().map(ToString::to_string).collect(),
+            versions: connector.versions.clone().into_iter().collect(),
+        }
+    }
+}
+
+/// An iSCSI target with the volume as LUN 0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IscsiConnection {
+    /// The target's name.
+    pub target_iqn: Iqn,
+    /// Where it listens; at least one.
+    pub portals: Vec<Portal>,
+    /// The portal group's tag.
+    pub target_portal_group_tag: u16,
+    /// The CHAP user name: 1 to 128 of `a-z A-Z 0-9 . _ : -`.
+    pub chap_username: String,
+    /// The CHAP secret.
+    #[serde(with = "crate::exposed")]
+    pub chap_secret: Secret,
+    /// What the device must answer to.
+    pub wwn: Wwn,
+}
+
+/// All that a connector needs to reach an export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionInfo {
+    /// The target. The first transport; another makes this an enum.
+    pub iscsi: IscsiConnection,
+    /// The volume's size.
+    pub size: ByteSize,
+    /// May the connector write?
+    pub access_mode: AccessMode,
+    /// The volume's own serial.
+    pub serial: Serial,
+}
+
+impl TryFrom<&wire::ConnectionInfo> for ConnectionInfo {
+    type Error = ParseError;
+    fn try_from(info: &wire::ConnectionInfo) -> Result<Self, ParseError> {
+        let Some(wire::connection_info::Transport::Iscsi(iscsi)) = &info.transport else {
+            return Err(ParseError::missing("connection_info.transport"));
+        };
+        Ok(Self {
+            iscsi: iscsi.try_into()?,
+            size: info.size_bytes.try_into()?,
+            access_mode: info.access_mode.try_into()?,
+            serial: info.serial.parse()?,
+        })
+    }
+}
+
+impl From<&ConnectionInfo> for wire::ConnectionInfo {
+    fn from(info: &ConnectionInfo) -> Self {
+        Self {
+            transport: Some(wire::connection_info::Transport::Iscsi((&info.iscsi).into())),
+            size_bytes: info.size.bytes(),
+            access_mode: wire::AccessMode::from(info.access_mode).into(),
+            serial: info.serial.to_string(),
+        }
+    }
+}
+
+impl TryFrom<&wire::IscsiConnection> for IscsiConnection {
+    type Error = ParseError;
+    fn try_from(wire: &wire::IscsiConnection) -> Result<Self, ParseError> {
+        if wire.portals.is_empty() {
+            return Err(ParseError::missing("portals"));
+        }
+        if wire.lun != 0 {
+            return Err(ParseError::new(
+                "lun",
+                "must be 0: an export has a target of its own",
+                &wire.lun.to_string(),
+            ));
+        }
+        let tag =
+            u16::try_from(wire.target_portal_group_tag).ok().filter(|tag| *tag > 0).ok_or_else(|| {
+                ParseError::new(
+                    "target_portal_group_tag",
+                    "must be from 1 to 65535",
+                    &wire.target_portal_group_tag.to_string(),
+                )
+            })?;
+        let legal = |b: u8| b.is_ascii_alphanumeric() || b"._:-".contains(&b);
+        if !(1..=128).contains(&wire.chap_username.len()) || !wire.chap_username.bytes().all(legal) {
+            return Err(ParseError::new(
+                "chap_username",
+                "must have 1 to 128 of a-z A-Z 0-9 . _ : -",
+                &wire.chap_username,
+            ));
+        }
+        Ok(Self {
+            target_iqn: wire
+                .target_iqn
+                .parse()
+                .map_err(|error: ParseError| ParseError { field: "target_iqn", ..error })?,
+            portals: wire.portals.iter().map(|text| text.parse()).collect::<Result<_, _>>()?,
+            target_portal_group_tag: tag,
+            chap_username: wire.chap_username.clone(),
+            chap_secret: Secret::new(wire.chap_secret.clone())?,
+            wwn: wire.wwn.parse()?,
+        })
+    }
+}
+
+impl From<&IscsiConnection> for wire::IscsiConnection {
+    fn from(iscsi: &IscsiConnection) -> Self {
+        Self {
+            target_iqn: iscsi.target_iqn.to_string(),
+            portals: iscsi.portals.iter().map(ToString::to_string).collect(),
+            target_portal_group_tag: iscsi.target_portal_group_tag.into(),
+            lun: 0,
+            chap_username: iscsi.chap_username.clone(),
+            chap_secret: iscsi.chap_secret.expose().to_owned(),
+            wwn: iscsi.wwn.to_string(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn any_connection_info() -> impl Strategy<Value = ConnectionInfo> {
+        (
+            "[a-z0-9][a-z0-9-]{0,30}",
+            proptest::collection::vec((any::<u32>(), 1u16..), 1..4),
+            1u16..,
+            "[a-z0-9._:-]{1,40}",
+            "[a-zA-Z0-9]{12,40}",
+            ("6[0-9a-f]{31}", 1u64.., any::<bool>(), "[a-zA-Z0-9_.+-]{1,20}"),
+        )
+            .prop_filter_map(
+                "portals must be addresses of one host",
+                |(target, portals, tag, user, secret, rest)| {
+                    let (wwn, size, read_only, serial) = rest;
+                    let portals = portals
+                        .into_iter()
+                        .map(|(address, port)| {
+                            format!("{}:{port}", std::net::Ipv4Addr::from(address)).parse().ok()
+                        })
+                        .collect::<Option<Vec<Portal>>>()?;
+                    Some(ConnectionInfo {
+                        iscsi: IscsiConnection {
+                            target_iqn: format!("iqn.2026-11.io.example:{target}").parse().ok()?,
+                            portals,
+                            target_portal_group_tag: tag,
+                            chap_username: user,
+                            chap_secret: Secret::new(secret).ok()?,
+                            wwn: wwn.parse().ok()?,
+                        },
+                        size: size.try_into().ok()?,
+                        access_mode: if read_only { AccessMode::ReadOnly } else { AccessMode::ReadWrite },
+                        serial: serial.parse().ok()?,
+                    })
+                },
+            )
+    }
+
+    proptest! {
+        #[test]
+        fn connection_info_goes_both_ways(info in any_connection_info()) {
+            prop_assert_eq!(ConnectionInfo::try_from(&wire::ConnectionInfo::from(&info)).unwrap(), info);
+        }
+
+        #[test]
+        fn connectors_go_both_ways(hostname in "[a-zA-Z0-9._-]{1,60}", name in "[a-z0-9]{1,20}", addresses: Vec<IpAddr>) {
+            let connector = Connector {
+                hostname,
+                initiator_iqn: format!("iqn.1993-08.org.debian:01:{name}").parse().unwrap(),
+                addresses,
+                versions: BTreeMap::from([("kernel".into(), "6.1".into())]),
+            };
+            prop_assert_eq!(Connector::try_from(&wire::Connector::from(&connector)).unwrap(), connector);
+        }
+
+        #[test]
+        fn no_wire_message_makes_the_parser_panic(
+            iqn in ".{0,40}", portals in proptest::collection::vec(".{0,30}", 0..3), tag: u32, lun: u32, text in ".{0,40}"
+        ) {
+            let _unused = IscsiConnection::try_from(&wire::IscsiConnection {
+                target_iqn: iqn, portals, target_portal_group_tag: tag, lun,
+                chap_username: text.clone(), chap_secret: text.clone(), wwn: text,
+            });
+        }
+    }
+
+    #[test]
+    fn a_connection_without_portal_transport_or_lun_0_is_refused() {
+        assert!(ConnectionInfo::try_from(&wire::ConnectionInfo::default()).is_err());
+        let iscsi =
+            wire::IscsiConnection { target_iqn: "iqn.2026-11.io.example:x".into(), ..Default::default() };
+        assert_eq!(IscsiConnection::try_from(&iscsi).unwrap_err().field, "portals");
+        let iscsi = wire::IscsiConnection { portals: vec!["10.0.0.1:3260".into()], lun: 1, ..iscsi };
+        assert_eq!(IscsiConnection::try_from(&iscsi).unwrap_err().field, "lun");
+    }
+}
