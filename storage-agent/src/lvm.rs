@@ -1,0 +1,310 @@
+//! LVM: reports as JSON, create, delete, activate, and what sysfs says of an active LV without starting a process.
+//!
+//! Every tool is told to see this pool's physical volumes and nothing else (`--devices`, F10). Not here: wiping and
+//! the order of steps (`volume`), and what a report's text means (`report`).
+
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tether_agent_core::command::{CommandError, CommandLine};
+use tether_agent_core::failure::{Failure, Reason};
+use tether_proto::{ByteSize, VolumeName};
+
+pub(crate) use report::{LogicalVolume, Provisioning};
+use report::{parse_logical_volumes, parse_volume_group};
+
+use crate::config::Pool;
+use crate::identity::VolumeIdentity;
+
+/// The tag on every LV that we make; only those are deleted.
+pub(crate) const TAG: &str = "tether";
+/// What a thick LV's name begins with until it is wiped (F5).
+pub(crate) const UNWIPED_PREFIX: &str = "tether-unwiped-";
+/// LVM tools wait for each other; this is for all of it.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Why LVM did not do it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LvmError {
+    /// A tool failed.
+    #[error("LVM")]
+    Command(#[from] CommandError),
+    /// A report that we do not understand.
+    #[error("a report of LVM is not as documented: {0}")]
+    Report(String),
+    /// The kernel's view of an LV cannot be read.
+    #[error("reading {} failed", path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    /// What is under the LV's name is something else.
+    #[error("{} is not the logical volume {expected}", path.display())]
+    Mismatch { path: PathBuf, expected: String },
+}
+
+impl From<LvmError> for Failure {
+    fn from(error: LvmError) -> Self {
+        match error {
+            LvmError::Command(error) => Failure::from_command(Reason::LvmFailed, &error),
+            other => Failure::from_error(Reason::LvmFailed, &other),
+        }
+    }
+}
+
+/// The room in a pool, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// The unit of allocation.
+    pub(crate) extent: u64,
+    /// The largest volume that can be made now.
+    pub(crate) largest: u64,
+}
+
+/// One pool: a volume group, or a thin pool in it.
+#[derive(Debug, Clone)]
+pub(crate) struct Lvm {
+    volume_group: String,
+    thin_pool: Option<String>,
+    devices: Vec<PathBuf>,
+    device_directory: PathBuf,
+    block_directory: PathBuf,
+}
+
+impl Lvm {
+    /// The adapter for one pool of the config.
+    pub(crate) fn new(pool: &Pool) -> Self {
+        let Pool::Lvm { volume_group, thin_pool, devices } = pool;
+        Self {
+            volume_group: volume_group.clone(),
+            thin_pool: thin_pool.clone(),
+            devices: devices.clone(),
+            device_directory: "/dev".into(),
+            block_directory: "/sys/class/block".into(),
+        }
+    }
+
+    /// How this pool's volumes have their space.
+    pub(crate) fn provisioning(&self) -> Provisioning {
+        if self.thin_pool.is_some() { Provisioning::Thin } else { Provisioning::Thick }
+    }
+
+    /// The device node of an LV of this pool.
+    pub(crate) fn device(&self, name: &str) -> PathBuf {
+        self.device_directory.join(&self.volume_group).join(name)
+    }
+
+    /// All LVs of this pool, also those that somebody else made. Not the thin pool itself, nor LVM's own parts.
+    pub(crate) async fn list(&self) -> Result<Vec<LogicalVolume>, LvmError> {
+        Ok(self.report().await?.into_iter().filter(|lv| !lv.is_pool && lv.pool == self.thin_pool).collect())
+    }
+
+    /// One LV of this pool.
+    pub(crate) async fn find(&self, name: &str) -> Result<Option<LogicalVolume>, LvmError> {
+        Ok(self.list().await?.into_iter().find(|lv| lv.name == name))
+    }
+
+    /// What room there is. A thin pool must zero what it hands out, or a new volume shows old data (F5).
+    pub(crate) async fn room(&self) -> Result<Room, Failure> {
+        let output = self
+            .tool("vgs")
+            .args(["--reportformat", "json", "--units", "b", "--nosuffix"])
+            .args(["-o", "vg_extent_size,vg_free"])
+            .arg(&self.volume_group)
+            .run()
+            .await
+            .map_err(LvmError::from)?;
+        let group = parse_volume_group(&output.stdout).map_err(LvmError::Report)?;
+        let Some(thin_pool) = &self.thin_pool else {
+            return Ok(Room { extent: group.extent, largest: group.free });
+        };
+        let lvs = self.report().await?;
+        let Some(pool) = lvs.iter().find(|lv| lv.is_pool && lv.name == *thin_pool) else {
+            return Err(Failure::new(
+                Reason::PoolNotFound,
+                format!("volume group {} has no thin pool {thin_pool}", self.volume_group),
+            )
+            .next(format!("create it, or correct the config: lvs {}", self.volume_group)));
+        };
+        if !pool.zeroing {
+            let place = format!("{}/{thin_pool}", self.volume_group);
+            return Err(Failure::new(
+                Reason::ThinPoolNotZeroing,
+                format!("thin pool {place} does not zero new blocks: a new volume would show old data"),
+            )
+            .next(format!("lvchange --zero y {place}")));
+        }
+        Ok(Room { extent: group.extent, largest: pool.size.bytes() })
+    }
+
+    /// Makes an LV with our tag. `size` is a multiple of the extent. Its content is whatever was there before when
+    /// the pool is thick.
+    pub(crate) async fn create(&self, name: &str, size: ByteSize) -> Result<(), LvmError> {
+        let tool = self.tool("lvcreate").args(["--yes", "--quiet", "--wipesignatures", "n", "--addtag", TAG]);
+        let bytes = format!("{}b", size.bytes());
+        let tool = match &self.thin_pool {
+            None => tool.args(["--zero", "n", "--size", &bytes, "--name", name]).arg(&self.volume_group),
+            Some(pool) => tool
+                .args(["--virtualsize", &bytes, "--name", name, "--thinpool", pool])
+                .arg(&self.volume_group),
+        };
+        tool.never_kill().run().await?;
+        Ok(())
+    }
+
+    /// Gives an LV another name.
+    pub(crate) async fn rename(&self, from: &str, to: &str) -> Result<(), LvmError> {
+        self.tool("lvrename").arg(&self.volume_group).args([from, to]).never_kill().run().await?;
+        Ok(())
+    }
+
+    /// Removes an LV, whoever made it: the caller has looked.
+    pub(crate) async fn remove(&self, name: &str) -> Result<(), LvmError> {
+        let place = format!("{}/{name}", self.volume_group);
+        self.tool("lvremove").args(["--yes", "--quiet"]).arg(place).never_kill().run().await?;
+        Ok(())
+    }
+
+    /// Makes the kernel's device of an LV.
+    pub(crate) async fn activate(&self, name: &str) -> Result<(), LvmError> {
+        let place = format!("{}/{name}", self.volume_group);
+        self.tool("lvchange").args(["--activate", "y"]).arg(place).never_kill().run().await?;
+        Ok(())
+    }
+
+    /// What the kernel says of an active LV; `None` when there is no device of that name. Reads five small files,
+    /// starts nothing: this is on the path of every export.
+    pub(crate) fn identity(&self, volume: &VolumeName) -> Result<Option<VolumeIdentity>, LvmError> {
+        let link = self.device(volume.as_str());
+        let target = match std::fs::read_link(&link) {
+            Ok(target) => target,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(LvmError::Read { path: link, source }),
+        };
+        let name = format!("{}-{}", escape(&self.volume_group), escape(volume.as_str()));
+        let mismatch = || LvmError::Mismatch { path: link.clone(), expected: name.clone() };
+        let kernel_name = target.file_name().ok_or_else(mismatch)?;
+        let folder = self.block_directory.join(kernel_name);
+        if read(&folder.join("dm/name"))? != name {
+            return Err(mismatch());
+        }
+        let uuid = lvm_uuid(&read(&folder.join("dm/uuid"))?).ok_or_else(mismatch)?;
+        let sectors: u64 = read(&folder.join("size"))?.parse().map_err(|_| mismatch())?;
+        // The kernel counts sectors of 512 bytes whatever the device's own are (Documentation/ABI/stable/sysfs-block).
+        let size = ByteSize::try_from(sectors * 512).map_err(|_| mismatch())?;
+        Ok(Some(VolumeIdentity { uuid, size }))
+    }
+
+    async fn report(&self) -> Result<Vec<LogicalVolume>, LvmError> {
+        let output = self
+            .tool("lvs")
+            .args(["--reportformat", "json", "--units", "b", "--nosuffix"])
+            .args(["-o", "lv_name,lv_uuid,lv_size,lv_tags,lv_attr,pool_lv"])
+            .arg(&self.volume_group)
+            .run()
+            .await?;
+        parse_logical_volumes(&output.stdout).map_err(LvmError::Report)
+    }
+
+    fn tool(&self, name: &str) -> CommandLine {
+        let mut tool = CommandLine::new(Path::new("/sbin").join(name)).deadline(DEADLINE);
+        for device in &self.devices {
+            tool = tool.arg("--devices").arg(device);
+        }
+        tool
+    }
+}
+
+/// device-mapper's spelling of a name in `VG-LV`: each hyphen twice.
+fn escape(name: &str) -> String {
+    name.replace('-', "--")
+}
+
+/// From `LVM-` with the VG's and the LV's 32 characters to the LV's UUID as LVM prints it.
+fn lvm_uuid(dm_uuid: &str) -> Option<String> {
+    let both = dm_uuid.strip_prefix("LVM-").filter(|both| both.len() == 64 && both.is_ascii())?;
+    let mut rest = &both[32..];
+    let mut groups = Vec::new();
+    for length in [6, 4, 4, 4, 4, 4, 6] {
+        let (group, more) = rest.split_at(length);
+        groups.push(group);
+        rest = more;
+    }
+    Some(groups.join("-"))
+}
+
+fn read(path: &Path) -> Result<String, LvmError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(text.trim_end().to_owned()),
+        Err(source) => Err(LvmError::Read { path: path.to_owned(), source }),
+    }
+}
+
+/// Names that lvm(8) keeps for itself, and the one that we do.
+pub(crate) fn check_name(volume: &VolumeName) -> Result<(), Failure> {
+    const PREFIXES: [&str; 3] = ["snapshot", "pvmove", UNWIPED_PREFIX];
+    const PARTS: [&str; 14] = [
+        "_cdata", "_cmeta", "_corig", "_cvol", "_mimage", "_mlog", "_rimage", "_rmeta", "_tdata", "_tmeta",
+        "_vdata", "_vorigin", "_pmspare", "_imeta",
+    ];
+    let name = volume.as_str();
+    let reserved = PREFIXES.iter().find(|prefix| name.starts_with(**prefix));
+    match reserved.or_else(|| PARTS.iter().find(|part| name.contains(**part))) {
+        None => Ok(()),
+        Some(word) => Err(Failure::new(
+            Reason::InvalidArgument,
+            format!("volume: {word:?} is reserved by LVM or Tether in {name:?}"),
+        )
+        .next("use another name")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree(name: &str, uuid: &str) -> (tempfile::TempDir, Lvm) {
+        let root = tempfile::tempdir().unwrap();
+        let (dev, block) = (root.path().join("dev"), root.path().join("block"));
+        std::fs::create_dir_all(dev.join("vg-0")).unwrap();
+        std::fs::create_dir_all(block.join("dm-3/dm")).unwrap();
+        std::os::unix::fs::symlink("../dm-3", dev.join("vg-0/a-b")).unwrap();
+        for (file, text) in [("dm/name", name), ("dm/uuid", uuid), ("size", "8192")] {
+            std::fs::write(block.join("dm-3").join(file), format!("{text}\n")).unwrap();
+        }
+        let pool =
+            Pool::Lvm { volume_group: "vg-0".into(), thin_pool: None, devices: vec!["/dev/sdb".into()] };
+        let lvm = Lvm { device_directory: dev, block_directory: block, ..Lvm::new(&pool) };
+        (root, lvm)
+    }
+
+    const UUID: &str = "LVM-abcdefghijklmnopqrstuvwxyzABCDEFYx7c2buVtqQdVNL5lb9zWMePfO4fmkQp";
+
+    #[test]
+    fn an_active_volume_is_known_without_a_process() {
+        let (_root, lvm) = tree("vg--0-a--b", UUID);
+        let identity = lvm.identity(&"a-b".parse().unwrap()).unwrap().unwrap();
+        assert_eq!(identity.uuid, "Yx7c2b-uVtq-QdVN-L5lb-9zWM-ePfO-4fmkQp");
+        assert_eq!(identity.size.bytes(), 8192 * 512);
+        assert_eq!(lvm.identity(&"other".parse().unwrap()).unwrap(), None);
+    }
+
+    #[test]
+    fn f3_a_link_to_another_device_is_refused() {
+        let (_root, lvm) = tree("vg--0-other", UUID);
+        assert!(matches!(lvm.identity(&"a-b".parse().unwrap()), Err(LvmError::Mismatch { .. })));
+        let (_root, lvm) = tree("vg--0-a--b", "CRYPT-LUKS2-0123");
+        assert!(matches!(lvm.identity(&"a-b".parse().unwrap()), Err(LvmError::Mismatch { .. })));
+    }
+
+    #[test]
+    fn reserved_names_are_refused() {
+        for bad in ["snapshot1", "pvmove0", "a_tdata", "x_rimage_0", "tether-unwiped-a"] {
+            assert!(check_name(&bad.parse().unwrap()).is_err(), "{bad}");
+        }
+        check_name(&"data".parse().unwrap()).unwrap();
+    }
+}

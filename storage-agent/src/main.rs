@@ -1,0 +1,31 @@
+//! `tether-storage-agent`: makes volumes and exports them. Arguments, config and exit code; the work is in the modules.
+
+mod claims;
+mod config;
+mod export;
+mod identity;
+mod lvm;
+mod record;
+mod service;
+mod target;
+mod volume;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use tether_agent_core::{daemon, services};
+use tether_proto::wire::storage_agent_server::StorageAgentServer;
+
+fn main() -> ExitCode {
+    daemon::main(
+        "tether-storage-agent",
+        "/etc/tether/storage-agent.toml",
+        |config: config::Config, _shutdown| async {
+            let exports = Arc::new(export::Exports::open(&config).await?);
+            let volumes = Arc::new(volume::Volumes::new(&config, exports.claims()));
+            let service = service::Service::new(exports, volumes);
+            let routes = services::with_health_and_reflection(StorageAgentServer::new(service)).await?;
+            Ok((config, routes))
+        },
+    )
+}

@@ -1,0 +1,272 @@
+//! LIO through configfs: one backstore and one target for each export (design.md, "export").
+//!
+//! Every `ensure_…` makes what is not there, writes what differs, reads back, and says whether it changed anything;
+//! so the same code makes an export and repairs one (F12). The layout is the kernel's, seen in `drivers/target` and
+//! measured in the lab. Not here: the order of steps (`export`).
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tether_agent_core::command::CommandLine;
+use tether_agent_core::failure::{Failure, Reason};
+use tether_proto::{AccessMode, AttachmentId, Iqn, Portal, Secret};
+
+use super::configfs::{self, ConfigfsError};
+
+/// Where configfs shows the kernel's target.
+pub(crate) const ROOT: &str = "/sys/kernel/config/target";
+/// The one HBA folder that holds our backstores. Other tools count from 0, so they do not meet us there (F35).
+const HBA: &str = "core/iblock_7440";
+/// The tag of the one target portal group.
+pub(crate) const PORTAL_GROUP_TAG: u16 = 1;
+const MODULES: [&str; 3] = ["target_core_mod", "target_core_iblock", "iscsi_target_mod"];
+/// The kernel's EBUSY: somebody else has the device open.
+const EBUSY: i32 = 16;
+/// The kernel's EADDRNOTAVAIL: the portal's address is not this host's.
+const EADDRNOTAVAIL: i32 = 99;
+/// The kernel's EADDRINUSE: something else listens there.
+const EADDRINUSE: i32 = 98;
+
+/// The kernel's target.
+#[derive(Debug, Clone)]
+pub(crate) struct Lio {
+    root: PathBuf,
+}
+
+/// What one target is to be.
+#[derive(Debug, Clone)]
+pub(crate) struct Target {
+    /// Names the backstore.
+    pub(crate) id: AttachmentId,
+    /// The target's name.
+    pub(crate) iqn: Iqn,
+    /// The device to export.
+    pub(crate) device: String,
+    /// Its unit serial.
+    pub(crate) unit_serial: String,
+    /// The only initiator that may log in.
+    pub(crate) initiator: Iqn,
+    /// The CHAP user.
+    pub(crate) chap_username: String,
+    /// The CHAP secret.
+    pub(crate) chap_secret: Secret,
+    /// Where to listen.
+    pub(crate) portals: Vec<Portal>,
+    /// May it write?
+    pub(crate) access_mode: AccessMode,
+    /// The device takes discards.
+    pub(crate) discard: bool,
+}
+
+impl From<ConfigfsError> for Failure {
+    fn from(error: ConfigfsError) -> Self {
+        let reason = match &error {
+            ConfigfsError::StillThere { .. } => Reason::StillThere,
+            _ => Reason::TargetFailed,
+        };
+        Failure::from_error(reason, &error)
+    }
+}
+
+impl Lio {
+    /// The kernel's target at a root; in tests a folder.
+    pub(crate) fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The one place that makes ready what the kernel needs: modules, and the fabric and HBA folders.
+    ///
+    /// # Errors
+    /// `KERNEL_LACKS_TARGET` with what to load.
+    pub(crate) async fn make_ready(&self) -> Result<(), Failure> {
+        if !self.root.join("iscsi").is_dir() {
+            let loaded = CommandLine::new("/sbin/modprobe")
+                .args(["--all", "--quiet"])
+                .args(MODULES)
+                .deadline(Duration::from_secs(30))
+                .run()
+                .await;
+            if let Err(error) = loaded {
+                return Err(Failure::from_command(Reason::KernelLacksTarget, &error));
+            }
+        }
+        if !self.root.is_dir() {
+            return Err(Failure::new(
+                Reason::KernelLacksTarget,
+                format!("{} is not there", self.root.display()),
+            )
+            .next("mount configfs: mount -t configfs none /sys/kernel/config"));
+        }
+        configfs::make(&self.root.join("iscsi"))?;
+        configfs::make(&self.hba())?;
+        Ok(())
+    }
+
+    /// Backstore: the device with its unit serial, enabled. The kernel opens it for itself alone, so a device that
+    /// the host has mounted is refused.
+    pub(crate) fn ensure_backstore(&self, target: &Target) -> Result<bool, Failure> {
+        let path = self.backstore(target.id);
+        let mut changed = configfs::make(&path)?;
+        if configfs::read(&path.join("enable"))? == "0" {
+            configfs::write(&path.join("control"), &format!("udev_path={}", target.device))?;
+            configfs::write(&path.join("udev_path"), &target.device)?;
+            configfs::write(&path.join("wwn/vpd_unit_serial"), &target.unit_serial)?;
+            configfs::write(&path.join("enable"), "1").map_err(|error| match error.errno() {
+                Some(EBUSY) => Failure::new(
+                    Reason::VolumeInUse,
+                    format!("{} is in use on the storage host", target.device),
+                ),
+                _ => error.into(),
+            })?;
+            changed = true;
+        }
+        // Set once and never again: a backstore that says otherwise is not this export's.
+        let serial = configfs::read(&path.join("wwn/vpd_unit_serial"))?;
+        expect_suffix(&path.join("wwn/vpd_unit_serial"), serial, &target.unit_serial)?;
+        let device = configfs::read(&path.join("udev_path"))?;
+        expect_suffix(&path.join("udev_path"), device, &target.device)?;
+        if target.discard {
+            changed |= configfs::ensure(&path.join("attrib/emulate_tpu"), "1")?;
+        }
+        Ok(changed)
+    }
+
+    /// Target and portal group: CHAP enforced, no initiator without an ACL (F43), still disabled when new.
+    pub(crate) fn ensure_target(&self, target: &Target) -> Result<bool, ConfigfsError> {
+        let mut changed = configfs::make(&self.target(&target.iqn))?;
+        let group = self.group(&target.iqn);
+        changed |= configfs::make(&group)?;
+        changed |= configfs::ensure(&group.join("attrib/authentication"), "1")?;
+        changed |= configfs::ensure(&group.join("attrib/generate_node_acls"), "0")?;
+        changed |= configfs::ensure(&group.join("attrib/demo_mode_write_protect"), "1")?;
+        changed |= configfs::ensure(&group.join("param/AuthMethod"), "CHAP")?;
+        Ok(changed)
+    }
+
+    /// LUN 0 leads to the backstore.
+    pub(crate) fn ensure_lun(&self, target: &Target) -> Result<bool, ConfigfsError> {
+        let lun = self.lun(&target.iqn);
+        let made = configfs::make(&lun)?;
+        Ok(configfs::link(&self.backstore(target.id), &lun.join("backstore"))? || made)
+    }
+
+    /// The connector's initiator, its secret, and LUN 0 for it.
+    pub(crate) fn ensure_acl(&self, target: &Target) -> Result<bool, ConfigfsError> {
+        let acl = self.acl(&target.iqn, &target.initiator);
+        let mut changed = configfs::make(&acl)?;
+        changed |= configfs::ensure(&acl.join("auth/userid"), &target.chap_username)?;
+        changed |= configfs::ensure_secret(&acl.join("auth/password"), target.chap_secret.expose())?;
+        let mapped = acl.join("lun_0");
+        changed |= configfs::make(&mapped)?;
+        changed |= configfs::link(&self.lun(&target.iqn), &mapped.join("lun"))?;
+        let protect = if target.access_mode == AccessMode::ReadOnly { "1" } else { "0" };
+        changed |= configfs::ensure(&mapped.join("write_protect"), protect)?;
+        Ok(changed)
+    }
+
+    /// The portals, all of them.
+    pub(crate) fn ensure_portals(&self, target: &Target) -> Result<bool, Failure> {
+        let mut changed = false;
+        for portal in &target.portals {
+            let path = self.group(&target.iqn).join("np").join(portal.to_string());
+            changed |= configfs::make(&path).map_err(|error| match error.errno() {
+                Some(EADDRNOTAVAIL | EADDRINUSE) => Failure::from_error(Reason::PortalUnavailable, &error),
+                _ => error.into(),
+            })?;
+        }
+        Ok(changed)
+    }
+
+    /// Lets initiators in; the last step of an export.
+    pub(crate) fn ensure_enabled(&self, iqn: &Iqn) -> Result<bool, ConfigfsError> {
+        configfs::ensure(&self.group(iqn).join("enable"), "1")
+    }
+
+    /// Cuts live sessions at once and lets nobody in; the first step of a removal.
+    pub(crate) fn fence(&self, iqn: &Iqn) -> Result<bool, ConfigfsError> {
+        if !self.exists(iqn) {
+            return Ok(false);
+        }
+        let enable = self.group(iqn).join("enable");
+        // A portal group that was never made has nobody to cut off.
+        if !enable.exists() {
+            return Ok(false);
+        }
+        configfs::ensure(&enable, "0")
+    }
+
+    /// Removes the target with all that hangs on it, and proves it gone. True when there was something.
+    pub(crate) fn remove_target(&self, iqn: &Iqn) -> Result<bool, ConfigfsError> {
+        let group = self.group(iqn);
+        for acl in configfs::list(&group.join("acls"))? {
+            configfs::unlink(&acl.join("lun_0/lun"))?;
+            configfs::remove(&acl.join("lun_0"))?;
+            configfs::remove(&acl)?;
+        }
+        for portal in configfs::list(&group.join("np"))? {
+            configfs::remove(&portal)?;
+        }
+        configfs::unlink(&self.lun(iqn).join("backstore"))?;
+        configfs::remove(&self.lun(iqn))?;
+        configfs::remove(&group)?;
+        let removed = configfs::remove(&self.target(iqn))?;
+        configfs::prove_gone(&self.target(iqn))?;
+        Ok(removed)
+    }
+
+    /// Removes the backstore and proves it gone. True when it was there.
+    pub(crate) fn remove_backstore(&self, id: AttachmentId) -> Result<bool, ConfigfsError> {
+        let removed = configfs::remove(&self.backstore(id))?;
+        configfs::prove_gone(&self.backstore(id))?;
+        Ok(removed)
+    }
+
+    /// Is there a target of this name, whoever made it?
+    pub(crate) fn exists(&self, iqn: &Iqn) -> bool {
+        self.target(iqn).exists()
+    }
+
+    /// Is the target enabled?
+    pub(crate) fn enabled(&self, iqn: &Iqn) -> bool {
+        configfs::read(&self.group(iqn).join("enable")).is_ok_and(|value| value == "1")
+    }
+
+    /// Is the initiator logged in?
+    pub(crate) fn connected(&self, iqn: &Iqn, initiator: &Iqn) -> bool {
+        // lio_target_nacl_info_show: "No active iSCSI Session for Initiator Endpoint: …" or a description of it.
+        configfs::read(&self.acl(iqn, initiator).join("info"))
+            .is_ok_and(|info| !info.is_empty() && !info.starts_with("No active iSCSI Session"))
+    }
+
+    fn hba(&self) -> PathBuf {
+        self.root.join(HBA)
+    }
+
+    fn backstore(&self, id: AttachmentId) -> PathBuf {
+        self.hba().join(format!("tether-{id}"))
+    }
+
+    fn target(&self, iqn: &Iqn) -> PathBuf {
+        self.root.join("iscsi").join(iqn.as_str())
+    }
+
+    fn group(&self, iqn: &Iqn) -> PathBuf {
+        self.target(iqn).join(format!("tpgt_{PORTAL_GROUP_TAG}"))
+    }
+
+    fn lun(&self, iqn: &Iqn) -> PathBuf {
+        self.group(iqn).join("lun/lun_0")
+    }
+
+    fn acl(&self, iqn: &Iqn, initiator: &Iqn) -> PathBuf {
+        self.group(iqn).join("acls").join(initiator.as_str())
+    }
+}
+
+/// The kernel puts words before some values, so the end of what it shows is compared.
+fn expect_suffix(path: &Path, found: String, wanted: &str) -> Result<(), ConfigfsError> {
+    if found.ends_with(wanted) {
+        return Ok(());
+    }
+    Err(ConfigfsError::ReadBack { path: path.to_owned(), found })
+}

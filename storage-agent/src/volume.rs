@@ -1,0 +1,315 @@
+//! The engine of volumes: create with wipe, delete, list. The only place that knows the order of those steps.
+//!
+//! A thick volume's space may hold somebody's old data (F5). So a new thick LV gets a name that nobody can export,
+//! is wiped, and only then gets its own name: that name never leads to old data, however the agent ends. A creation
+//! that was cut off is taken up again by the same call.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::sync::Arc;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::operations::{Operations, Steps};
+use tether_proto::wire::{OperationReport, Outcome};
+use tether_proto::{AttachmentId, ByteSize, PoolName, VolumeKey};
+
+use crate::claims::{Claim, Claims};
+use crate::config::Config;
+use crate::identity::VolumeIdentity;
+use crate::lvm::{self, LogicalVolume, Lvm, Provisioning, UNWIPED_PREFIX};
+
+/// How much is wiped by one call: so much that it costs nothing, so little that progress can be seen.
+const WIPE_PIECE: u64 = 256 * 1024 * 1024;
+
+/// The pools of the config.
+pub(crate) type Pools = Arc<BTreeMap<PoolName, Lvm>>;
+
+/// A volume as it is now.
+#[derive(Debug, Clone)]
+pub(crate) struct VolumeView {
+    pub(crate) key: VolumeKey,
+    pub(crate) identity: VolumeIdentity,
+    pub(crate) provisioning: Provisioning,
+    pub(crate) ours: bool,
+    pub(crate) exported_for: Option<AttachmentId>,
+}
+
+/// All volumes of this agent.
+pub(crate) struct Volumes {
+    pools: Pools,
+    claims: Claims,
+    operations: Operations,
+}
+
+/// The adapters of the config's pools.
+pub(crate) fn pools(config: &Config) -> Pools {
+    Arc::new(config.pool.iter().map(|(name, pool)| (name.clone(), Lvm::new(pool))).collect())
+}
+
+/// One pool by its name.
+pub(crate) fn pool<'a>(pools: &'a Pools, name: &PoolName) -> Result<&'a Lvm, Failure> {
+    pools.get(name).ok_or_else(|| {
+        let known: Vec<&str> = pools.keys().map(PoolName::as_str).collect();
+        Failure::new(Reason::PoolNotFound, format!("no pool is named {name}"))
+            .at("validate")
+            .next(format!("the pools of this host are: {}", known.join(", ")))
+    })
+}
+
+/// The failure for a volume that is not there.
+pub(crate) fn not_found(volume: &VolumeKey) -> Failure {
+    Failure::new(Reason::VolumeNotFound, format!("no volume is named {volume}"))
+        .next(format!("see: tether volume list --pool {}", volume.pool))
+}
+
+/// Does the device give discarded space back (Documentation/ABI/stable/sysfs-block, discard_max_bytes)?
+pub(crate) fn takes_discards(device: &str) -> bool {
+    std::fs::canonicalize(device)
+        .ok()
+        .and_then(|path| {
+            Some(format!("/sys/class/block/{}/queue/discard_max_bytes", path.file_name()?.to_str()?))
+        })
+        .and_then(|path| std::fs::read_to_string(path).ok())
+        .is_some_and(|bytes| bytes.trim() != "0")
+}
+
+impl Volumes {
+    /// The volumes of the config's pools.
+    pub(crate) fn new(config: &Config, claims: Claims) -> Self {
+        Self { pools: pools(config), claims, operations: Operations::default() }
+    }
+
+    /// The operations under way, for those who watch.
+    pub(crate) fn operations(&self) -> &Operations {
+        &self.operations
+    }
+
+    /// Makes a volume.
+    pub(crate) async fn create(
+        self: &Arc<Self>,
+        key: VolumeKey,
+        size: ByteSize,
+    ) -> Result<(VolumeView, OperationReport), Failure> {
+        let this = self.clone();
+        self.operations
+            .run(&key.to_string(), "create-volume", size.bytes().to_string(), move |steps| {
+                let key = key.clone();
+                async move { this.do_create(&steps, &key, size).await }
+            })
+            .await
+    }
+
+    /// Deletes a volume that this agent made.
+    pub(crate) async fn delete(self: &Arc<Self>, key: VolumeKey) -> Result<OperationReport, Failure> {
+        let this = self.clone();
+        self.operations
+            .run(&key.to_string(), "delete-volume", String::new(), move |steps| {
+                let key = key.clone();
+                async move { this.do_delete(&steps, &key).await }
+            })
+            .await
+    }
+
+    /// One volume.
+    pub(crate) async fn get(&self, key: &VolumeKey) -> Result<VolumeView, Failure> {
+        let lvm = pool(&self.pools, &key.pool)?;
+        match lvm.find(key.volume.as_str()).await? {
+            Some(lv) => Ok(self.view(key.clone(), lvm, lv)),
+            None => Err(not_found(key)),
+        }
+    }
+
+    /// The volumes of one pool or of all, by pool and name.
+    pub(crate) async fn list(&self, only: Option<&PoolName>) -> Result<Vec<VolumeView>, Failure> {
+        if let Some(name) = only {
+            pool(&self.pools, name)?;
+        }
+        let mut views = Vec::new();
+        for (name, lvm) in self.pools.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
+            for lv in lvm.list().await? {
+                // What is not wiped yet, and names that we could not say on the wire, are no volumes.
+                if lv.name.starts_with(UNWIPED_PREFIX) {
+                    continue;
+                }
+                if let Ok(volume) = lv.name.parse() {
+                    views.push(self.view(VolumeKey { pool: name.clone(), volume }, lvm, lv));
+                }
+            }
+        }
+        views.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(views)
+    }
+
+    fn view(&self, key: VolumeKey, lvm: &Lvm, lv: LogicalVolume) -> VolumeView {
+        VolumeView {
+            exported_for: self.claims.exported_for(&key),
+            key,
+            identity: VolumeIdentity { uuid: lv.uuid, size: lv.size },
+            provisioning: lvm.provisioning(),
+            ours: lv.ours,
+        }
+    }
+
+    async fn do_create(
+        &self,
+        steps: &Steps,
+        key: &VolumeKey,
+        size: ByteSize,
+    ) -> Result<(VolumeView, OperationReport), Failure> {
+        let lvm = pool(&self.pools, &key.pool)?;
+        lvm::check_name(&key.volume).map_err(|failure| failure.at("validate"))?;
+        let room = steps.run("check-pool", lvm.room()).await?;
+        let too_large =
+            || Failure::new(Reason::InvalidArgument, format!("size {size} is too large")).at("validate");
+        let size = size.round_up(room.extent).ok_or_else(too_large)?;
+        if let Some(lv) = lvm.find(key.volume.as_str()).await? {
+            if lv.size != size || !lv.ours {
+                let what = if lv.ours {
+                    format!("has {} bytes and not {}", lv.size.bytes(), size.bytes())
+                } else {
+                    "was made by somebody else".to_owned()
+                };
+                return Err(Failure::new(
+                    Reason::DifferentParameters,
+                    format!("volume {key} is there and {what}"),
+                )
+                .at("validate"));
+            }
+            return Ok((self.view(key.clone(), lvm, lv), steps.report(Outcome::Unchanged)));
+        }
+        self.claims.claim(key, Claim::Creation)?;
+        let made = match lvm.provisioning() {
+            Provisioning::Thin => self.create_thin(steps, lvm, key, size, room.largest).await,
+            Provisioning::Thick => self.create_thick(steps, lvm, key, size, room.largest).await,
+        };
+        self.claims.release(key, Claim::Creation);
+        let outcome = made?;
+        let view = steps.run("verify-volume", self.get(key)).await?;
+        tracing::info!(volume = %key, bytes = view.identity.size.bytes(), "volume created");
+        Ok((view, steps.report(outcome)))
+    }
+
+    async fn create_thin(
+        &self,
+        steps: &Steps,
+        lvm: &Lvm,
+        key: &VolumeKey,
+        size: ByteSize,
+        largest: u64,
+    ) -> Result<Outcome, Failure> {
+        check_room(key, size, largest)?;
+        steps.run("create-volume", lvm.create(key.volume.as_str(), size)).await?;
+        Ok(Outcome::Created)
+    }
+
+    async fn create_thick(
+        &self,
+        steps: &Steps,
+        lvm: &Lvm,
+        key: &VolumeKey,
+        size: ByteSize,
+        largest: u64,
+    ) -> Result<Outcome, Failure> {
+        let unwiped = format!("{UNWIPED_PREFIX}{}", key.volume);
+        let mut outcome = Outcome::Created;
+        match lvm.find(&unwiped).await? {
+            // An earlier call was cut off: the space is taken already.
+            Some(lv) if lv.size == size => outcome = Outcome::Repaired,
+            found => {
+                if found.is_some() {
+                    steps.run("remove-leftover", lvm.remove(&unwiped)).await?;
+                }
+                let room = if found.is_some() { lvm.room().await?.largest } else { largest };
+                check_room(key, size, room)?;
+                steps.run("create-volume", lvm.create(&unwiped, size)).await?;
+            }
+        }
+        let made = async {
+            if outcome == Outcome::Repaired {
+                steps.run("activate-volume", lvm.activate(&unwiped)).await?;
+            }
+            let device = lvm.device(&unwiped);
+            let progress = steps.clone();
+            steps.run_blocking("wipe-volume", move || wipe(&device, size, &progress)).await?;
+            steps.run("name-volume", lvm.rename(&unwiped, key.volume.as_str())).await
+        }
+        .await;
+        if let Err(mut failure) = made {
+            if let Err(error) = steps.run("undo-create-volume", lvm.remove(&unwiped)).await {
+                failure.undo.push(error.to_string());
+            }
+            return Err(failure);
+        }
+        Ok(outcome)
+    }
+
+    async fn do_delete(&self, steps: &Steps, key: &VolumeKey) -> Result<OperationReport, Failure> {
+        let lvm = pool(&self.pools, &key.pool)?;
+        lvm::check_name(&key.volume).map_err(|failure| failure.at("validate"))?;
+        self.claims.claim(key, Claim::Deletion)?;
+        let outcome = async {
+            let Some(lv) = steps.run("find-volume", lvm.find(key.volume.as_str())).await? else {
+                return Ok(Outcome::Unchanged);
+            };
+            if !lv.ours {
+                return Err(Failure::new(
+                    Reason::NotOurs,
+                    format!("volume {key} was not made by Tether: it has no tag {:?}", lvm::TAG),
+                )
+                .next("remove it with lvremove if you are sure"));
+            }
+            if lv.open {
+                return Err(Failure::new(
+                    Reason::VolumeInUse,
+                    format!("volume {key} is open on the storage host"),
+                ));
+            }
+            steps.run("remove-volume", lvm.remove(key.volume.as_str())).await?;
+            if lvm.find(key.volume.as_str()).await?.is_some() {
+                return Err(Failure::new(
+                    Reason::StillThere,
+                    format!("volume {key} is still there after lvremove"),
+                ));
+            }
+            tracing::info!(volume = %key, "volume deleted");
+            Ok(Outcome::Removed)
+        }
+        .await;
+        self.claims.release(key, Claim::Deletion);
+        Ok(steps.report(outcome?))
+    }
+}
+
+fn check_room(key: &VolumeKey, size: ByteSize, largest: u64) -> Result<(), Failure> {
+    if size.bytes() <= largest {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Reason::PoolFull,
+        format!("pool {} has room for {largest} bytes, and {key} needs {}", key.pool, size.bytes()),
+    )
+    .at("validate"))
+}
+
+/// Zeroes a device from end to end, by the device's own means where it has them (fallocate(2), FALLOC_FL_ZERO_RANGE).
+fn wipe(device: &std::path::Path, size: ByteSize, steps: &Steps) -> Result<(), Failure> {
+    let fail = |problem: &dyn std::fmt::Display| {
+        Failure::new(Reason::WipeFailed, format!("wiping {} failed: {problem}", device.display()))
+    };
+    let file = OpenOptions::new().write(true).open(device).map_err(|error| fail(&error))?;
+    let mut done = 0;
+    while done < size.bytes() {
+        let length = WIPE_PIECE.min(size.bytes() - done);
+        let (Ok(offset), Ok(piece)) = (i64::try_from(done), i64::try_from(length)) else {
+            return Err(fail(&"the size is more than a file can have"));
+        };
+        fallocate(&file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, piece)
+            .map_err(|error| fail(&error))?;
+        done += length;
+        if let Ok(done) = ByteSize::try_from(done) {
+            steps.progress("wipe-volume", format!("{done} of {size}"));
+        }
+    }
+    file.sync_all().map_err(|error| fail(&error))
+}
