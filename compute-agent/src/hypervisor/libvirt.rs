@@ -1,0 +1,306 @@
+//! libvirt: find a domain, read its XML, plug and unplug (rule 9: another domain never waits for a slow one).
+//!
+//! libvirt's calls block, so each runs on a blocking thread of its own with a deadline; they share one connection,
+//! which libvirt multiplexes. One thread runs libvirt's event loop. A lock per domain keeps two attachments from
+//! choosing the same place; it is held for one call or two, never while a guest thinks. Not here: what the XML says
+//! (`domain_xml`) and the order of steps.
+
+mod event_shim;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tether_agent_core::failure::{Failure, Reason};
+use tether_proto::DomainName;
+use tokio::sync::{OwnedMutexGuard, broadcast};
+use tokio::time::{Instant, timeout, timeout_at};
+use uuid::Uuid;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::ErrorNumber;
+use virt::sys;
+
+use event_shim::UnplugEvent;
+
+/// How long one libvirt call may take.
+const CALL_DEADLINE: Duration = Duration::from_secs(60);
+/// How long an attachment waits for its turn at a domain.
+const TURN_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Why libvirt did not do it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LibvirtError {
+    /// libvirt cannot be reached.
+    #[error("libvirt at {uri} cannot be reached: {message}")]
+    Unavailable { uri: String, message: String },
+    /// It knows no such domain.
+    #[error("libvirt knows no domain {domain}")]
+    NoDomain { domain: String },
+    /// It refused.
+    #[error("libvirt refused to {action}: {message}")]
+    Refused { action: &'static str, message: String, code: ErrorNumber },
+    /// It did not answer in time.
+    #[error("libvirt did not {action} within {} s", CALL_DEADLINE.as_secs())]
+    Deadline { action: &'static str },
+    /// Others were busy with the domain all the time.
+    #[error("domain {domain} was busy for {} s", TURN_DEADLINE.as_secs())]
+    Busy { domain: Uuid },
+}
+
+impl From<LibvirtError> for Failure {
+    fn from(error: LibvirtError) -> Self {
+        let reason = match &error {
+            LibvirtError::Unavailable { .. } | LibvirtError::Deadline { .. } => Reason::HypervisorUnavailable,
+            LibvirtError::NoDomain { .. } => Reason::DomainNotFound,
+            LibvirtError::Refused { .. } => Reason::HypervisorRefused,
+            LibvirtError::Busy { .. } => Reason::OperationRunning,
+        };
+        Failure::from_error(reason, &error)
+    }
+}
+
+/// A domain as libvirt has it now.
+#[derive(Debug, Clone)]
+pub(crate) struct DomainState {
+    /// Its UUID, which stays when it is renamed.
+    pub(crate) uuid: Uuid,
+    /// Its name.
+    pub(crate) name: String,
+    /// The XML of the running domain; nothing when it is shut off.
+    pub(crate) live: Option<String>,
+    /// The XML of its definition; nothing when it is transient.
+    pub(crate) persistent: Option<String>,
+}
+
+/// Which of a domain's two faces a change is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Affect {
+    /// The running domain.
+    pub(crate) live: bool,
+    /// Its definition.
+    pub(crate) persistent: bool,
+}
+
+impl Affect {
+    fn flags(self) -> u32 {
+        let live = if self.live { sys::VIR_DOMAIN_AFFECT_LIVE } else { 0 };
+        let persistent = if self.persistent { sys::VIR_DOMAIN_AFFECT_CONFIG } else { 0 };
+        live | persistent
+    }
+}
+
+/// What became of an unplug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unplug {
+    /// libvirt said that the device is gone.
+    Removed,
+    /// The guest refused.
+    Refused,
+    /// The guest said nothing in time.
+    Silent,
+}
+
+/// A way to libvirt.
+#[derive(Clone)]
+pub(crate) struct Libvirt {
+    uri: String,
+    connection: Arc<Mutex<Option<Arc<Connect>>>>,
+    events: broadcast::Sender<UnplugEvent>,
+    turns: Arc<Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>>,
+}
+
+impl Libvirt {
+    /// Starts libvirt's event loop; connects at the first call.
+    ///
+    /// # Errors
+    /// When the event loop's thread cannot be started.
+    pub(crate) fn new(uri: &str) -> Result<Self, Failure> {
+        let fail = |error: &dyn std::fmt::Display| {
+            Failure::new(
+                Reason::HypervisorUnavailable,
+                format!("libvirt's event loop cannot be started: {error}"),
+            )
+        };
+        virt::error::clear_error_callback();
+        virt::event::event_register_default_impl().map_err(|error| fail(&error))?;
+        std::thread::Builder::new()
+            .name("libvirt-events".into())
+            .spawn(|| {
+                while let Ok(()) = virt::event::event_run_default_impl() {}
+                tracing::error!("libvirt's event loop ended; unplugs are seen by their deadline only");
+            })
+            .map_err(|error| fail(&error))?;
+        let (events, _) = broadcast::channel(1024);
+        Ok(Self { uri: uri.to_owned(), connection: Arc::default(), events, turns: Arc::default() })
+    }
+
+    /// Finds a domain by its name, or else by its UUID, with its XML.
+    pub(crate) async fn find(&self, domain: &DomainName) -> Result<DomainState, LibvirtError> {
+        let name = domain.as_str().to_owned();
+        self.call("find the domain", move |connection| {
+            let found = connection.lookup_domain_by_name(&name);
+            let found = found.or_else(|error| match Uuid::parse_str(&name) {
+                Ok(uuid) => connection.lookup_domain_by_uuid(uuid),
+                Err(_) => Err(error),
+            });
+            state(&found?)
+        })
+        .await
+        .map_err(|error| no_domain(error, domain.as_str()))
+    }
+
+    /// A domain by its UUID, with its XML.
+    pub(crate) async fn get(&self, uuid: Uuid) -> Result<DomainState, LibvirtError> {
+        self.call("read the domain", move |connection| state(&connection.lookup_domain_by_uuid(uuid)?))
+            .await
+            .map_err(|error| no_domain(error, &uuid.to_string()))
+    }
+
+    /// Waits for a turn at a domain. Two who choose a place in the same XML would choose the same one.
+    pub(crate) async fn turn(&self, domain: Uuid) -> Result<OwnedMutexGuard<()>, LibvirtError> {
+        let lock = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            // Locks that nobody holds or waits for are not kept: domains come and go.
+            turns.retain(|_, lock| Arc::strong_count(lock) > 1);
+            turns.entry(domain).or_default().clone()
+        };
+        timeout(TURN_DEADLINE, lock.lock_owned()).await.map_err(|_| LibvirtError::Busy { domain })
+    }
+
+    /// Plugs a device in. libvirt does both faces or none.
+    pub(crate) async fn attach(
+        &self,
+        domain: Uuid,
+        element: String,
+        affect: Affect,
+    ) -> Result<(), LibvirtError> {
+        self.call("attach the disk", move |connection| {
+            connection.lookup_domain_by_uuid(domain)?.attach_device_flags(&element, affect.flags())
+        })
+        .await
+    }
+
+    /// Takes a device out of the definition.
+    pub(crate) async fn detach_persistent(&self, domain: Uuid, alias: String) -> Result<(), LibvirtError> {
+        self.call("take the disk out of the definition", move |connection| {
+            let domain = connection.lookup_domain_by_uuid(domain)?;
+            event_shim::detach_alias(&domain, &alias, sys::VIR_DOMAIN_AFFECT_CONFIG)
+        })
+        .await
+    }
+
+    /// Asks the guest to let go of a device and waits for libvirt's word on it. An unplug that is under way already
+    /// is waited for and not asked for again (F30).
+    pub(crate) async fn detach_live(
+        &self,
+        domain: Uuid,
+        alias: &str,
+        within: Duration,
+    ) -> Result<Unplug, LibvirtError> {
+        let deadline = Instant::now() + within;
+        let mut events = self.events.subscribe();
+        let wanted = alias.to_owned();
+        let asked = self
+            .call("unplug the disk", move |connection| {
+                let domain = connection.lookup_domain_by_uuid(domain)?;
+                event_shim::detach_alias(&domain, &wanted, sys::VIR_DOMAIN_AFFECT_LIVE)
+            })
+            .await;
+        match asked {
+            Ok(()) => {}
+            Err(LibvirtError::Refused { message, .. })
+                if message.contains("already in the process of unplug") =>
+            {
+                tracing::debug!(%domain, alias, "an unplug is under way already");
+            }
+            Err(LibvirtError::Refused { code: ErrorNumber::DeviceMissing, .. }) => {
+                return Ok(Unplug::Removed);
+            }
+            Err(error) => return Err(error),
+        }
+        loop {
+            match timeout_at(deadline, events.recv()).await {
+                Ok(Ok(event)) if event.domain == domain && event.alias == alias => {
+                    return Ok(if event.removed { Unplug::Removed } else { Unplug::Refused });
+                }
+                Ok(Ok(_)) => {}
+                // The caller looks at the XML in any case.
+                Ok(Err(broadcast::error::RecvError::Lagged(_))) => {}
+                Ok(Err(broadcast::error::RecvError::Closed)) | Err(_) => return Ok(Unplug::Silent),
+            }
+        }
+    }
+
+    /// libvirt's and QEMU's versions, as people write them.
+    pub(crate) async fn versions(&self) -> Result<[String; 2], LibvirtError> {
+        let text =
+            |version: u32| format!("{}.{}.{}", version / 1_000_000, version / 1000 % 1000, version % 1000);
+        self.call("tell its version", move |connection| {
+            Ok([text(connection.lib_version()?), text(connection.hyp_version()?)])
+        })
+        .await
+    }
+
+    /// Runs a call on a thread that may block, with a deadline.
+    async fn call<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        work: impl FnOnce(&Connect) -> Result<T, virt::error::Error> + Send + 'static,
+    ) -> Result<T, LibvirtError> {
+        let this = self.clone();
+        let work = tokio::task::spawn_blocking(move || {
+            let connection = this.connect()?;
+            work(&connection).map_err(|error| LibvirtError::Refused {
+                action,
+                message: error.message().to_owned(),
+                code: error.code().unwrap_or(ErrorNumber::InternalError),
+            })
+        });
+        match timeout(CALL_DEADLINE, work).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_panicked)) => Err(LibvirtError::Unavailable {
+                uri: self.uri.clone(),
+                message: "the call died of a panic".to_owned(),
+            }),
+            Err(_) => Err(LibvirtError::Deadline { action }),
+        }
+    }
+
+    /// The connection, opened anew when libvirtd went away meanwhile.
+    fn connect(&self) -> Result<Arc<Connect>, LibvirtError> {
+        let mut held = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connection) = held.as_ref().filter(|connection| connection.is_alive().unwrap_or(false)) {
+            return Ok(connection.clone());
+        }
+        let unavailable = |error: virt::error::Error| LibvirtError::Unavailable {
+            uri: self.uri.clone(),
+            message: error.message().to_owned(),
+        };
+        let connection = Connect::open(Some(&self.uri)).map_err(unavailable)?;
+        // Pings find a dead libvirtd, so that no call hangs on one. The local test driver knows none.
+        if let Err(error) = connection.set_keep_alive(5, 3) {
+            tracing::debug!(message = error.message(), "libvirt without keep-alive");
+        }
+        event_shim::subscribe(&connection, &self.events).map_err(unavailable)?;
+        let connection = Arc::new(connection);
+        *held = Some(connection.clone());
+        Ok(connection)
+    }
+}
+
+fn state(domain: &Domain) -> Result<DomainState, virt::error::Error> {
+    let live = if domain.is_active()? { Some(domain.xml_desc(0)?) } else { None };
+    let persistent =
+        if domain.is_persistent()? { Some(domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?) } else { None };
+    Ok(DomainState { uuid: domain.uuid()?, name: domain.name()?, live, persistent })
+}
+
+fn no_domain(error: LibvirtError, domain: &str) -> LibvirtError {
+    match error {
+        LibvirtError::Refused { code: ErrorNumber::NoDomain, .. } => {
+            LibvirtError::NoDomain { domain: domain.to_owned() }
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,211 @@
+//! open-iscsi: probe portals, log in, log out (rule 9, F23, F33). Starts iscsiadm for login and logout and for
+//! nothing else. Not here: the node record, what sysfs says, and the order of steps.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tether_agent_core::command::{CommandError, CommandLine, Output};
+use tether_proto::{Iqn, Portal};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+const ISCSIADM: &str = "/sbin/iscsiadm";
+/// How long a portal may take to answer a TCP connect.
+const PROBE_DEADLINE: Duration = Duration::from_secs(3);
+/// iscsiadm gives up by itself: login_timeout of 5 s and one retry; 30 s is its wait for the database lock (F24).
+const IN_ALL: Duration = Duration::from_secs(45);
+
+/// Why a target cannot be reached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum IscsiError {
+    /// No portal answered.
+    #[error("no portal answers: {}", portals.iter().map(|(portal, why)| format!("{portal} ({why})")).collect::<Vec<_>>().join(", "))]
+    Unreachable { portals: Vec<(Portal, String)> },
+    /// The target refused name or secret.
+    #[error("target {target} at {portal} refused the login: {detail}")]
+    Rejected { target: Iqn, portal: Portal, detail: String },
+    /// There is a session to this target already.
+    #[error("there is a session to {target} already")]
+    SessionExists { target: Iqn },
+    /// Another failure that iscsiadm names.
+    #[error("login to {target} at {portal} failed: {meaning}")]
+    Login {
+        target: Iqn,
+        portal: Portal,
+        meaning: &'static str,
+        #[source]
+        source: CommandError,
+    },
+    /// Logging out failed.
+    #[error("logout from {target} failed: {meaning}")]
+    Logout {
+        target: Iqn,
+        meaning: &'static str,
+        #[source]
+        source: CommandError,
+    },
+    /// iscsiadm could not be run.
+    #[error("iscsiadm")]
+    Command(#[source] CommandError),
+}
+
+/// iscsiadm(8), "EXIT STATUS", and open-iscsi's include/iscsi_err.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    Done,
+    SessionExists,
+    NothingFound,
+    Rejected,
+    Other(&'static str),
+}
+
+impl Exit {
+    fn of(code: Option<i32>) -> Self {
+        match code {
+            Some(0) => Self::Done,
+            Some(15) => Self::SessionExists,
+            Some(2 | 21) => Self::NothingFound,
+            Some(24) => Self::Rejected,
+            Some(4) => Self::Other("the connection was lost or refused"),
+            Some(5 | 19) => Self::Other("the target ended the login"),
+            Some(6) => Self::Other("open-iscsi's database cannot be used"),
+            Some(7) => Self::Other("open-iscsi does not take the record"),
+            Some(8 | 11) => Self::Other("the target did not answer in time"),
+            Some(10) => Self::Other("the logout failed"),
+            Some(12 | 14) => Self::Other("the kernel lacks the iscsi_tcp transport"),
+            Some(13) => Self::Other("iscsiadm must run as root"),
+            Some(18 | 20) => Self::Other("iscsid does not run"),
+            Some(22) => Self::Other("the kernel's session cannot be found in sysfs"),
+            Some(_) => Self::Other("an error that open-iscsi does not explain"),
+            None => Self::Other("iscsiadm was killed"),
+        }
+    }
+}
+
+/// The first portal that answers; a dead one costs nothing while another lives (F23).
+pub(crate) async fn probe(portals: &[Portal]) -> Result<Portal, IscsiError> {
+    let mut probes = JoinSet::new();
+    for portal in portals.iter().copied() {
+        probes.spawn(async move {
+            let answer = timeout(PROBE_DEADLINE, TcpStream::connect(portal.socket_address())).await;
+            let why = match answer {
+                Ok(Ok(_)) => return Ok(portal),
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("no answer in {} s", PROBE_DEADLINE.as_secs()),
+            };
+            Err((portal, why))
+        });
+    }
+    let mut failed = HashMap::new();
+    while let Some(answer) = probes.join_next().await {
+        match answer {
+            Ok(Ok(portal)) => return Ok(portal),
+            Ok(Err((portal, why))) => drop(failed.insert(portal, why)),
+            // A probe that panicked answered nothing.
+            Err(error) => tracing::error!(%error, "portal probe"),
+        }
+    }
+    let told = portals.iter().map(|portal| (*portal, failed.remove(portal).unwrap_or_default())).collect();
+    Err(IscsiError::Unreachable { portals: told })
+}
+
+/// Logs in with the record that is in open-iscsi's database.
+pub(crate) async fn login(target: &Iqn, portal: Portal) -> Result<(), IscsiError> {
+    let (command, output) = run("--login", target, portal).await?;
+    match Exit::of(output.exit_code) {
+        Exit::Done => Ok(()),
+        Exit::SessionExists => Err(IscsiError::SessionExists { target: target.clone() }),
+        Exit::Rejected => Err(IscsiError::Rejected {
+            target: target.clone(),
+            portal,
+            detail: "wrong secret, or the target does not know this initiator".to_owned(),
+        }),
+        exit => Err(IscsiError::Login {
+            target: target.clone(),
+            portal,
+            meaning: exit.meaning(),
+            source: failed(command, &output),
+        }),
+    }
+}
+
+/// Logs out. No session to log out of is fine; the caller looks whether it is gone.
+pub(crate) async fn logout(target: &Iqn, portal: Portal) -> Result<(), IscsiError> {
+    let (command, output) = run("--logout", target, portal).await?;
+    match Exit::of(output.exit_code) {
+        Exit::Done | Exit::NothingFound => Ok(()),
+        exit => Err(IscsiError::Logout {
+            target: target.clone(),
+            meaning: exit.meaning(),
+            source: failed(command, &output),
+        }),
+    }
+}
+
+/// open-iscsi's version, as `iscsiadm --version` tells it.
+pub(crate) async fn version() -> Option<String> {
+    let output = CommandLine::new(ISCSIADM).arg("--version").output().await.ok()?;
+    output.stdout.split_whitespace().last().map(str::to_owned)
+}
+
+impl Exit {
+    fn meaning(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::SessionExists => "there is a session already",
+            Self::NothingFound => "open-iscsi has no such record or session",
+            Self::Rejected => "the target refused the login",
+            Self::Other(meaning) => meaning,
+        }
+    }
+}
+
+async fn run(verb: &str, target: &Iqn, portal: Portal) -> Result<(String, Output), IscsiError> {
+    let command = CommandLine::new(ISCSIADM)
+        .args(["--mode", "node", "--targetname", target.as_str(), "--portal"])
+        .arg(portal.to_string())
+        .arg(verb)
+        .deadline(IN_ALL)
+        // A killed iscsiadm leaves the database's lock behind for everybody (F24).
+        .never_kill();
+    let text = command.to_string();
+    Ok((text, command.output().await.map_err(IscsiError::Command)?))
+}
+
+fn failed(command: String, output: &Output) -> CommandError {
+    CommandError::Failed {
+        command,
+        exit_code: output.exit_code,
+        exit: output
+            .exit_code
+            .map_or_else(|| "killed by a signal".to_owned(), |code| format!("exit code {code}")),
+        stderr: output.stderr.trim().replace('\n', "; "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// F23: a portal that swallows packets does not hold up one that answers.
+    #[tokio::test]
+    async fn f23_a_dead_portal_beside_a_living_one_costs_nothing() {
+        let living = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let alive: Portal = living.local_addr().unwrap().to_string().parse().unwrap();
+        let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dead: Portal = closed.local_addr().unwrap().to_string().parse().unwrap();
+        drop(closed);
+        assert!(matches!(probe(&[dead]).await, Err(IscsiError::Unreachable { .. })));
+        assert_eq!(probe(&[dead, alive]).await.unwrap(), alive);
+    }
+
+    #[test]
+    fn exit_codes_mean_what_open_iscsi_says() {
+        assert_eq!(Exit::of(Some(0)), Exit::Done);
+        assert_eq!(Exit::of(Some(15)), Exit::SessionExists);
+        assert_eq!(Exit::of(Some(21)), Exit::NothingFound);
+        assert_eq!(Exit::of(Some(24)), Exit::Rejected);
+        assert_eq!(Exit::of(Some(8)).meaning(), "the target did not answer in time");
+    }
+}

@@ -1,0 +1,210 @@
+//! What the kernel and udev tell while they work: uevents from netlink, and changes in `/dev/disk/by-id`. So that
+//! whoever waits for a device waits for an event (rule: no sleeps). Not here: what is waited for.
+//!
+//! One thread waits at the netlink socket and the inotify descriptor for as long as the agent runs; waiters subscribe.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::socket::{
+    AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, setsockopt, socket, sockopt,
+};
+use tokio::sync::broadcast;
+use tokio::time::{Instant, timeout_at};
+
+/// Where udev keeps the stable names.
+pub(crate) const BY_ID: &str = "/dev/disk/by-id";
+/// The kernel's own multicast group of uevents; udev's is 2.
+const KERNEL_GROUP: u32 = 1;
+/// Room for a burst of events, in bytes: one is at most 2 KiB (UEVENT_BUFFER_SIZE).
+const RECEIVE_BUFFER: usize = 1024 * 1024;
+/// How many events a slow waiter may lag behind before it looks for itself.
+const BACKLOG: usize = 1024;
+
+/// Something happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum KernelEvent {
+    /// A uevent of the kernel.
+    Device {
+        /// `add`, `remove`, `change` …
+        action: String,
+        /// The path under `/sys`.
+        path: String,
+        /// `block`, `iscsi_session` …
+        subsystem: String,
+    },
+    /// A name came or went in `/dev/disk/by-id`.
+    StableNames,
+}
+
+/// Hands out what happens to all who subscribe.
+#[derive(Debug, Clone)]
+pub(crate) struct KernelEvents {
+    sender: broadcast::Sender<KernelEvent>,
+}
+
+impl KernelEvents {
+    /// Opens both sources and starts their thread.
+    pub(crate) fn open() -> io::Result<Self> {
+        let (sender, _) = broadcast::channel(BACKLOG);
+        let netlink = open_netlink()?;
+        // Without any disk udev has not made the folder yet.
+        std::fs::create_dir_all(BY_ID)?;
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        inotify.add_watch(
+            Path::new(BY_ID),
+            AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE,
+        )?;
+        let told = sender.clone();
+        std::thread::Builder::new().name("kernel-events".into()).spawn(move || {
+            if let Err(error) = read(&netlink, &inotify, &told) {
+                tracing::error!(%error, "the kernel's events cannot be read any more; waits end by their deadlines");
+            }
+        })?;
+        Ok(Self { sender })
+    }
+
+    /// What happens from now on.
+    pub(crate) fn subscribe(&self) -> Subscription {
+        Subscription { receiver: self.sender.subscribe() }
+    }
+}
+
+/// What has happened since the subscription.
+pub(crate) struct Subscription {
+    receiver: broadcast::Receiver<KernelEvent>,
+}
+
+impl Subscription {
+    /// Looks, and looks again at every event, until `look` finds something or the deadline passes (`None`).
+    pub(crate) async fn wait_until<T>(
+        &mut self,
+        within: Duration,
+        mut look: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        let deadline = Instant::now() + within;
+        loop {
+            if let Some(found) = look() {
+                return Some(found);
+            }
+            match timeout_at(deadline, self.receiver.recv()).await {
+                // Events that were missed are a reason to look, too.
+                Ok(Ok(_) | Err(broadcast::error::RecvError::Lagged(_))) => {}
+                Ok(Err(broadcast::error::RecvError::Closed)) | Err(_) => return look(),
+            }
+        }
+    }
+
+    /// The paths of the devices of a subsystem that came since the subscription; `None` when events were missed.
+    pub(crate) fn added(&mut self, wanted: &str) -> Option<Vec<String>> {
+        let mut paths = Vec::new();
+        loop {
+            match self.receiver.try_recv() {
+                Ok(KernelEvent::Device { action, path, subsystem })
+                    if action == "add" && subsystem == wanted =>
+                {
+                    paths.push(path);
+                }
+                Ok(_) => {}
+                Err(broadcast::error::TryRecvError::Lagged(_)) => return None,
+                Err(_) => return Some(paths),
+            }
+        }
+    }
+}
+
+fn open_netlink() -> io::Result<OwnedFd> {
+    let descriptor = socket(
+        AddressFamily::Netlink,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        SockProtocol::NetlinkKObjectUEvent,
+    )?;
+    setsockopt(&descriptor, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+    bind(descriptor.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
+    Ok(descriptor)
+}
+
+/// Reads both until one of them fails for good.
+fn read(netlink: &OwnedFd, inotify: &Inotify, sender: &broadcast::Sender<KernelEvent>) -> io::Result<()> {
+    let mut buffer = vec![0u8; 16 * 1024];
+    loop {
+        let mut ready = [
+            PollFd::new(netlink.as_fd(), PollFlags::POLLIN),
+            PollFd::new(inotify.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut ready, PollTimeout::NONE) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        match recvfrom::<NetlinkAddr>(netlink.as_raw_fd(), &mut buffer) {
+            // Only the kernel has port 0; anybody may send to the group with another one. Nobody may be waiting.
+            Ok((length, Some(from))) if from.pid() == 0 => {
+                if let Some(event) = parse(&buffer[..length]) {
+                    drop(sender.send(event));
+                }
+            }
+            Ok(_) | Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
+            // The kernel dropped some: whoever waits is to look for itself.
+            Err(nix::Error::ENOBUFS) => drop(sender.send(KernelEvent::StableNames)),
+            Err(error) => return Err(error.into()),
+        }
+        match inotify.read_events() {
+            Ok(_) => drop(sender.send(KernelEvent::StableNames)),
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// A uevent: `ACTION@PATH`, then `KEY=VALUE`, each ended by a NUL (the kernel's lib/kobject_uevent.c).
+fn parse(message: &[u8]) -> Option<KernelEvent> {
+    let text = std::str::from_utf8(message).ok()?;
+    let value = |key: &str| {
+        text.split('\0').find_map(|field| field.strip_prefix(key)?.strip_prefix('=')).map(str::to_owned)
+    };
+    Some(KernelEvent::Device {
+        action: value("ACTION")?,
+        path: value("DEVPATH")?,
+        subsystem: value("SUBSYSTEM")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uevent_is_understood_and_junk_is_not() {
+        let message = b"add@/devices/x\0ACTION=add\0DEVPATH=/devices/x\0SUBSYSTEM=block\0DEVNAME=sda\0";
+        let wanted = KernelEvent::Device {
+            action: "add".into(),
+            path: "/devices/x".into(),
+            subsystem: "block".into(),
+        };
+        assert_eq!(parse(message), Some(wanted));
+        for junk in [&b""[..], b"libudev\0\xfe\xed\xca\xfe", b"add@/devices/x\0", &[0xff; 30]] {
+            assert_eq!(parse(junk), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_waiter_looks_again_at_each_event_and_gives_up_in_time() {
+        let (sender, receiver) = broadcast::channel(8);
+        let mut subscription = Subscription { receiver };
+        let mut looks = 0;
+        sender.send(KernelEvent::StableNames).unwrap();
+        let found = subscription
+            .wait_until(Duration::from_secs(5), || {
+                looks += 1;
+                (looks == 2).then_some(7)
+            })
+            .await;
+        assert_eq!(found, Some(7));
+        assert_eq!(subscription.wait_until(Duration::from_millis(10), || None::<u8>).await, None);
+    }
+}

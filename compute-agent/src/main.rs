@@ -1,0 +1,32 @@
+//! `tether-compute-agent`: connects exports and plugs them into domains. Arguments, config and exit code; the work
+//! is in the modules.
+
+mod attach;
+mod attachments;
+mod config;
+mod connector;
+mod detach;
+mod hypervisor;
+mod initiator;
+mod kernel_events;
+mod record;
+mod service;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use tether_agent_core::{daemon, services};
+use tether_proto::wire::compute_agent_server::ComputeAgentServer;
+
+fn main() -> ExitCode {
+    daemon::main(
+        "tether-compute-agent",
+        "/etc/tether/compute-agent.toml",
+        |config: config::Config, _shutdown| async {
+            let attachments = Arc::new(attachments::Attachments::open(&config)?);
+            let service = service::Service::new(attachments);
+            let routes = services::with_health_and_reflection(ComputeAgentServer::new(service)).await?;
+            Ok((config, routes))
+        },
+    )
+}

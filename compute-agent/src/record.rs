@@ -1,0 +1,95 @@
+//! What the journal holds of an attachment.
+
+use serde::{Deserialize, Serialize};
+use tether_proto::{AttachmentId, ConnectionInfo, DiskOptions, DomainName, Portal, Serial};
+use uuid::Uuid;
+
+use crate::hypervisor::domain_xml::DiskPlan;
+
+/// Where an attachment is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Phase {
+    /// Side effects may have begun.
+    Attaching,
+    /// The disk is in the domain and was read back.
+    Attached,
+    /// The removal may have begun.
+    Detaching,
+    /// Gone, and the id is spent (rule 3).
+    Ended,
+}
+
+impl Phase {
+    /// The word on the wire.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Attaching => "attaching",
+            Self::Attached => "attached",
+            Self::Detaching => "detaching",
+            Self::Ended => "ended",
+        }
+    }
+}
+
+/// An attachment, or what is left of one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct AttachmentRecord {
+    /// Its id.
+    pub(crate) id: AttachmentId,
+    /// Where it is in its life.
+    pub(crate) phase: Phase,
+    /// What is attached to what; nothing once it ended.
+    pub(crate) attachment: Option<Attachment>,
+}
+
+/// What is attached to what.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Attachment {
+    /// The domain as the caller named it.
+    pub(crate) requested_domain: DomainName,
+    /// Its UUID: a domain that is renamed stays the same, one that is made anew under the old name does not.
+    pub(crate) domain_uuid: Uuid,
+    /// Its name when it was attached.
+    pub(crate) domain_name: String,
+    /// The export, with the secret: a session that is lost must be made again from this.
+    pub(crate) connection: ConnectionInfo,
+    /// What the caller asked for.
+    pub(crate) options: DiskOptions,
+    /// The portal of the session; known before the login.
+    pub(crate) portal: Option<Portal>,
+    /// The disk in the domain; known before it is plugged in.
+    pub(crate) plan: Option<DiskPlan>,
+}
+
+impl Attachment {
+    /// The serial that the guest sees.
+    pub(crate) fn serial(&self) -> Serial {
+        self.options.serial.clone().unwrap_or_else(|| self.connection.serial.clone())
+    }
+
+    /// Says which parameter of a repeated call is not the first call's.
+    pub(crate) fn difference(
+        &self,
+        domain: &DomainName,
+        connection: &ConnectionInfo,
+        options: &DiskOptions,
+    ) -> Option<String> {
+        if self.requested_domain != *domain {
+            return Some(format!("domain is {} and not {domain}", self.requested_domain));
+        }
+        if self.connection.iscsi.target_iqn != connection.iscsi.target_iqn {
+            return Some(format!(
+                "target is {} and not {}",
+                self.connection.iscsi.target_iqn, connection.iscsi.target_iqn
+            ));
+        }
+        if self.connection != *connection {
+            return Some("connection info is another".to_owned());
+        }
+        if self.options != *options {
+            return Some(format!("disk options are {:?} and not {options:?}", self.options));
+        }
+        None
+    }
+}
