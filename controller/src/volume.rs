@@ -1,0 +1,203 @@
+//! `tether volume`: make, show, list and delete volumes. Not here: attaching them.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use tether_proto::wire::watch_operation_request::Key;
+use tether_proto::{ByteSize, PoolName, VolumeKey, wire};
+use tonic::Code;
+
+use crate::agent::{Agent, Kind};
+use crate::arguments::{StorageHost, VolumeVerb};
+use crate::call::Session;
+use crate::console::time_text;
+use crate::failure::{Failure, Result};
+use crate::survey::{Silent, Told, ask_all};
+use crate::view::{
+    Output, ReportView, UnreachableView, VolumeView, outcome_word, provisioning_word, size_text, some, table,
+};
+
+/// Runs one of the volume verbs.
+pub(crate) async fn run(session: &Arc<Session>, verb: &VolumeVerb) -> Result<Output> {
+    match verb {
+        VolumeVerb::Create { volume, size, host } => {
+            let doing = format!("create {volume}");
+            create(session, volume, *size, host).await.map_err(|failure| failure.while_doing(&doing))
+        }
+        VolumeVerb::Delete { volume, host } => {
+            let doing = format!("delete {volume}");
+            delete(session, volume, host).await.map_err(|failure| failure.while_doing(&doing))
+        }
+        VolumeVerb::Show { volume, host } => {
+            let doing = format!("show {volume}");
+            show(session, volume, host).await.map_err(|failure| failure.while_doing(&doing))
+        }
+        VolumeVerb::List { pool, host } => list(session, pool.as_ref(), host).await,
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct ChangedView<'a> {
+    outcome: String,
+    storage: &'a str,
+    volume: Option<VolumeView<'a>>,
+    deleted: Option<String>,
+    report: ReportView,
+}
+
+async fn connect(session: &Session, host: &StorageHost) -> Result<Agent> {
+    let host = session.config.host(Kind::Storage, host.storage.as_deref())?;
+    session.connect(Kind::Storage, host).await
+}
+
+/// What an interrupted command says: the same again joins it, by the volume's name.
+fn begins(session: &Session, doing: &str, again: &str) {
+    session.begins(
+        Failure::new(Code::Cancelled, "INTERRUPTED", "interrupted; the agent goes on with what it was told")
+            .unknown()
+            .while_doing(doing)
+            .next(format!("type the same again, or see: tether volume show {again}")),
+    );
+}
+
+async fn create(session: &Session, volume: &VolumeKey, size: ByteSize, host: &StorageHost) -> Result<Output> {
+    let agent = connect(session, host).await?;
+    begins(session, &format!("create {volume}"), &volume.to_string());
+    let request = wire::CreateVolumeRequest {
+        pool: volume.pool.to_string(),
+        volume: volume.volume.to_string(),
+        size_bytes: size.bytes(),
+    };
+    let send = || {
+        let (mut client, request) = (agent.storage(), request.clone());
+        async move { client.create_volume(request).await }
+    };
+    let answer = session.call(&agent).mutate(Key::Volume(volume.into()), send).await?;
+    let made = answer.reply.volume.unwrap_or_default();
+    let outcome = answer.reply.report.as_ref().map(wire::OperationReport::outcome).unwrap_or_default();
+    let done = match outcome {
+        wire::Outcome::Unchanged => "was there already:",
+        wire::Outcome::Repaired => "repaired:",
+        _ => "created",
+    };
+    let provisioning = provisioning_word(made.provisioning());
+    let size = size_text(made.size_bytes);
+    let time = time_text(answer.time);
+    let text = format!("{done} {volume} ({size}, {provisioning}) on {} in {time}", agent.name());
+    let view = ChangedView {
+        outcome: outcome_word(outcome),
+        storage: agent.name(),
+        volume: Some(VolumeView::new(agent.name(), &made)),
+        deleted: None,
+        report: ReportView::new(answer.reply.report.as_ref(), answer.time),
+    };
+    Output::new(&view, text)
+}
+
+async fn delete(session: &Session, volume: &VolumeKey, host: &StorageHost) -> Result<Output> {
+    let agent = connect(session, host).await?;
+    begins(session, &format!("delete {volume}"), &volume.to_string());
+    let request =
+        wire::DeleteVolumeRequest { pool: volume.pool.to_string(), volume: volume.volume.to_string() };
+    let send = || {
+        let (mut client, request) = (agent.storage(), request.clone());
+        async move { client.delete_volume(request).await }
+    };
+    let answer = session.call(&agent).mutate(Key::Volume(volume.into()), send).await?;
+    let outcome = answer.reply.report.as_ref().map(wire::OperationReport::outcome).unwrap_or_default();
+    let text = match outcome {
+        wire::Outcome::Unchanged => format!("{volume} was not there on {}", agent.name()),
+        _ => format!("deleted {volume} on {} in {}", agent.name(), time_text(answer.time)),
+    };
+    let view = ChangedView {
+        outcome: outcome_word(outcome),
+        storage: agent.name(),
+        volume: None,
+        deleted: Some(volume.to_string()),
+        report: ReportView::new(answer.reply.report.as_ref(), answer.time),
+    };
+    Output::new(&view, text)
+}
+
+async fn show(session: &Session, volume: &VolumeKey, host: &StorageHost) -> Result<Output> {
+    let agent = connect(session, host).await?;
+    let mut client = agent.storage();
+    let request = wire::GetVolumeRequest { pool: volume.pool.to_string(), volume: volume.volume.to_string() };
+    let found = session.call(&agent).read(client.get_volume(request)).await?;
+    let mut text = format!("volume {}/{}", found.pool, found.volume);
+    for (label, value) in [
+        ("storage host", agent.name().to_owned()),
+        ("size", format!("{} ({} bytes)", size_text(found.size_bytes), found.size_bytes)),
+        ("provisioning", provisioning_word(found.provisioning())),
+        ("made by tether", if found.created_by_tether { "yes" } else { "no" }.to_owned()),
+        ("uuid", found.uuid.clone()),
+        ("wwn", found.wwn.clone()),
+        ("serial", found.serial.clone()),
+        ("exported for", some(&found.exported_for).unwrap_or("-").to_owned()),
+    ] {
+        text.push_str(&format!("\n  {label:<15} {value}"));
+    }
+    Output::new(&VolumeView::new(agent.name(), &found), text)
+}
+
+#[derive(Debug, Serialize)]
+struct ListView<'a> {
+    volumes: Vec<VolumeView<'a>>,
+    unreachable: Vec<UnreachableView<'a>>,
+}
+
+async fn list(session: &Arc<Session>, pool: Option<&PoolName>, host: &StorageHost) -> Result<Output> {
+    let pool = pool.map(ToString::to_string).unwrap_or_default();
+    let (told, silent) = match &host.storage {
+        Some(_) => {
+            let agent = connect(session, host).await?;
+            let answer = volumes(session.clone(), agent.clone(), pool).await?;
+            (vec![Told { agent, answer }], Vec::new())
+        }
+        None if session.config.hosts(Kind::Storage).is_empty() => {
+            return Err(session
+                .config
+                .host(Kind::Storage, None)
+                .err()
+                .unwrap_or_else(|| Failure::usage("NO_HOST", "there is no storage host in the config")));
+        }
+        None => ask_all(session, Kind::Storage, |session, agent| volumes(session, agent, pool.clone())).await,
+    };
+    // A pool that is on one host only is no trouble of the others.
+    let (absent, silent): (Vec<Silent>, Vec<Silent>) =
+        silent.into_iter().partition(|silent| silent.failure.code == Code::NotFound);
+    if let (true, true, Some(first)) = (told.is_empty(), silent.is_empty(), absent.into_iter().next()) {
+        return Err(first.failure);
+    }
+    let all: Vec<(&str, &wire::Volume)> =
+        told.iter().flat_map(|told| told.answer.iter().map(|volume| (told.agent.name(), volume))).collect();
+    let text = table(
+        ["STORAGE", "VOLUME", "SIZE", "PROVISIONING", "TETHER'S", "EXPORTED FOR"],
+        all.iter().map(|(storage, volume)| {
+            [
+                (*storage).to_owned(),
+                format!("{}/{}", volume.pool, volume.volume),
+                size_text(volume.size_bytes),
+                provisioning_word(volume.provisioning()),
+                if volume.created_by_tether { "yes" } else { "no" }.to_owned(),
+                some(&volume.exported_for).unwrap_or("-").to_owned(),
+            ]
+        }),
+    );
+    let view = ListView {
+        volumes: all.iter().map(|(storage, volume)| VolumeView::new(storage, volume)).collect(),
+        unreachable: silent.iter().map(Silent::view).collect(),
+    };
+    let mut output = Output::new(&view, text)?;
+    output.warnings = silent.iter().map(Silent::warning).collect();
+    if let Some(first) = silent.first() {
+        output.exit = first.failure.exit;
+    }
+    Ok(output)
+}
+
+async fn volumes(session: Arc<Session>, agent: Agent, pool: String) -> Result<Vec<wire::Volume>> {
+    let mut client = agent.storage();
+    let reply = session.call(&agent).read(client.list_volumes(wire::ListVolumesRequest { pool })).await?;
+    Ok(reply.volumes)
+}

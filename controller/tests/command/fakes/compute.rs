@@ -1,0 +1,136 @@
+//! A compute agent with attachments in memory. Keeps the rules of the real one: idempotent, ended is ended.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+
+use tether_proto::wire::compute_agent_server::ComputeAgent;
+use tether_proto::wire::{self, Outcome};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status};
+
+use super::{Agent, lock, refusal};
+
+pub(crate) const INITIATOR: &str = "iqn.1993-08.org.debian:01:compute1";
+
+pub(crate) struct FakeComputeAgent {
+    pub(crate) agent: Agent,
+    pub(crate) attachments: Mutex<BTreeMap<String, wire::AttachmentStatus>>,
+    pub(crate) ended: Mutex<BTreeSet<String>>,
+    /// The last request, to see what arrives.
+    pub(crate) last_attach: Mutex<Option<wire::AttachRequest>>,
+    pub(crate) last_detach: Mutex<Option<wire::DetachRequest>>,
+}
+
+impl FakeComputeAgent {
+    pub(crate) fn new(agent: Agent) -> Self {
+        Self {
+            agent,
+            attachments: Mutex::default(),
+            ended: Mutex::default(),
+            last_attach: Mutex::default(),
+            last_detach: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn attached(&self) -> Vec<String> {
+        lock(&self.attachments).keys().cloned().collect()
+    }
+}
+
+type Reply<T> = Result<Response<T>, Status>;
+
+#[tonic::async_trait]
+impl ComputeAgent for FakeComputeAgent {
+    type WatchOperationStream = ReceiverStream<Result<wire::StepEvent, Status>>;
+
+    async fn get_connector(&self, _: Request<wire::GetConnectorRequest>) -> Reply<wire::Connector> {
+        self.agent.begin("GetConnector").await?;
+        Ok(Response::new(wire::Connector {
+            hostname: "compute1".into(),
+            initiator_iqn: INITIATOR.into(),
+            addresses: vec!["192.0.2.2".into()],
+            versions: Default::default(),
+        }))
+    }
+
+    async fn attach(&self, request: Request<wire::AttachRequest>) -> Reply<wire::AttachResponse> {
+        let trouble = self.agent.begin("Attach").await?;
+        let request = request.into_inner();
+        *lock(&self.last_attach) = Some(request.clone());
+        let id = request.attachment_id;
+        if lock(&self.ended).contains(&id) {
+            return Err(refusal(Code::FailedPrecondition, "ATTACHMENT_ENDED", "the id is spent", &[]));
+        }
+        let before = lock(&self.attachments).get(&id).cloned();
+        if before.as_ref().is_some_and(|before| before.domain != request.domain) {
+            return Err(refusal(Code::AlreadyExists, "DIFFERENT_PARAMETERS", "domain differs", &[]));
+        }
+        let info = request.connection_info.unwrap();
+        let disk = request.disk.unwrap();
+        let attachment = wire::AttachmentStatus {
+            attachment_id: id.clone(),
+            domain: request.domain,
+            domain_uuid: "c2c2c2c2-0000-4000-8000-000000000001".into(),
+            phase: "attached".into(),
+            device_path: "/dev/disk/by-id/wwn-0x6".into(),
+            target_device: "vdb".into(),
+            bus: if disk.bus == 0 { wire::DiskBus::Virtio.into() } else { disk.bus },
+            serial: info.serial,
+            size_bytes: info.size_bytes,
+            target_iqn: "iqn.2026-11.io.example:x".into(),
+            portal: "192.0.2.1:3260".into(),
+            connected: true,
+            in_live_domain: true,
+            in_persistent_definition: true,
+        };
+        lock(&self.attachments).insert(id.clone(), attachment.clone());
+        let (outcome, steps): (_, &[&str]) = match before {
+            Some(_) => (Outcome::Unchanged, &[]),
+            None => (Outcome::Created, &["login", "hot-plug"]),
+        };
+        let report = self.agent.steps(&id, outcome, steps).await;
+        self.agent.end(trouble).await;
+        Ok(Response::new(wire::AttachResponse { attachment: Some(attachment), report: Some(report) }))
+    }
+
+    async fn detach(&self, request: Request<wire::DetachRequest>) -> Reply<wire::DetachResponse> {
+        let trouble = self.agent.begin("Detach").await?;
+        let request = request.into_inner();
+        *lock(&self.last_detach) = Some(request.clone());
+        let id = request.attachment_id;
+        lock(&self.ended).insert(id.clone());
+        let (outcome, steps): (_, &[&str]) = match lock(&self.attachments).remove(&id) {
+            Some(_) => (Outcome::Removed, &["unplug", "logout"]),
+            None => (Outcome::Unchanged, &[]),
+        };
+        let report = self.agent.steps(&id, outcome, steps).await;
+        self.agent.end(trouble).await;
+        Ok(Response::new(wire::DetachResponse { report: Some(report) }))
+    }
+
+    async fn get_attachment(
+        &self,
+        request: Request<wire::GetAttachmentRequest>,
+    ) -> Reply<wire::AttachmentStatus> {
+        self.agent.begin("GetAttachment").await?;
+        let id = request.into_inner().attachment_id;
+        let missing = || refusal(Code::NotFound, "ATTACHMENT_NOT_FOUND", &format!("no attachment {id}"), &[]);
+        lock(&self.attachments).get(&id).cloned().map(Response::new).ok_or_else(missing)
+    }
+
+    async fn list_attachments(
+        &self,
+        _: Request<wire::ListAttachmentsRequest>,
+    ) -> Reply<wire::ListAttachmentsResponse> {
+        self.agent.begin("ListAttachments").await?;
+        let attachments = lock(&self.attachments).values().cloned().collect();
+        Ok(Response::new(wire::ListAttachmentsResponse { attachments }))
+    }
+
+    async fn watch_operation(
+        &self,
+        request: Request<wire::WatchOperationRequest>,
+    ) -> Reply<Self::WatchOperationStream> {
+        self.agent.watch(request.into_inner()).map(Response::new)
+    }
+}
