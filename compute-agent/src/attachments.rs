@@ -28,8 +28,8 @@ use crate::connector;
 use crate::hypervisor::domain_xml::{DomainView, DomainXmlError, alias_of};
 use crate::hypervisor::libvirt::{DomainState, Libvirt};
 use crate::initiator::session::Sysfs;
-use crate::initiator::{iscsi, node_record};
-use crate::kernel_events::{BY_ID, KernelEvents};
+use crate::initiator::{device, iscsi, node_record};
+use crate::kernel_events::KernelEvents;
 use crate::record::{Attachment, AttachmentRecord, Phase};
 
 /// All attachments of this agent.
@@ -92,7 +92,7 @@ impl Attachments {
             events,
             sysfs: Sysfs::at("/sys"),
             nodes: node_record::NODE_DIRECTORY.into(),
-            by_id: BY_ID.into(),
+            by_id: device::BY_ID.into(),
             guest_deadline: Duration::from_millis(config.guest_deadline_milliseconds),
             iscsi_version: OnceCell::new(),
         })

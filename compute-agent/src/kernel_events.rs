@@ -1,25 +1,23 @@
-//! What the kernel and udev tell while they work: uevents from netlink, and changes in `/dev/disk/by-id`. So that
-//! whoever waits for a device waits for an event (rule: no sleeps). Not here: what is waited for.
+//! What the kernel and udev tell on netlink: a device came or went, and udev is done with it and has made its names. So
+//! that whoever waits for a device waits for an event (rule: no sleeps). Not here: what is waited for.
 //!
-//! One thread waits at the netlink socket and the inotify descriptor for as long as the agent runs; waiters subscribe.
+//! One thread waits at the netlink socket for as long as the agent runs; waiters subscribe.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::socket::{
     AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, setsockopt, socket, sockopt,
 };
 use tokio::sync::broadcast;
 use tokio::time::{Instant, timeout_at};
 
-/// Where udev keeps the stable names.
-pub(crate) const BY_ID: &str = "/dev/disk/by-id";
-/// The kernel's own multicast group of uevents; udev's is 2.
-const KERNEL_GROUP: u32 = 1;
+/// The multicast groups of uevents, as bits: the kernel's own, and the one where udev tells what it is done with
+/// (libudev's `udev_monitor_new_from_netlink`).
+const GROUPS: u32 = 0b01 | 0b10;
+/// What udev's messages begin with.
+const UDEV_PREFIX: &[u8] = b"libudev\0";
 /// Room for a burst of events, in bytes: one is at most 2 KiB (UEVENT_BUFFER_SIZE).
 const RECEIVE_BUFFER: usize = 1024 * 1024;
 /// How many events a slow waiter may lag behind before it looks for itself.
@@ -37,8 +35,8 @@ pub(crate) enum KernelEvent {
         /// `block`, `iscsi_session` …
         subsystem: String,
     },
-    /// A name came or went in `/dev/disk/by-id`.
-    StableNames,
+    /// udev is done with some device. Anybody can send this, so it is a reason to look and nothing more.
+    Udev,
 }
 
 /// Hands out what happens to all who subscribe.
@@ -48,20 +46,13 @@ pub(crate) struct KernelEvents {
 }
 
 impl KernelEvents {
-    /// Opens both sources and starts their thread.
+    /// Opens the socket and starts its thread.
     pub(crate) fn open() -> io::Result<Self> {
         let (sender, _) = broadcast::channel(BACKLOG);
         let netlink = open_netlink()?;
-        // Without any disk udev has not made the folder yet.
-        std::fs::create_dir_all(BY_ID)?;
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        inotify.add_watch(
-            Path::new(BY_ID),
-            AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE,
-        )?;
         let told = sender.clone();
         std::thread::Builder::new().name("kernel-events".into()).spawn(move || {
-            if let Err(error) = read(&netlink, &inotify, &told) {
+            if let Err(error) = read(&netlink, &told) {
                 tracing::error!(%error, "the kernel's events cannot be read any more; waits end by their deadlines");
             }
         })?;
@@ -121,42 +112,30 @@ fn open_netlink() -> io::Result<OwnedFd> {
     let descriptor = socket(
         AddressFamily::Netlink,
         SockType::Datagram,
-        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        SockFlag::SOCK_CLOEXEC,
         SockProtocol::NetlinkKObjectUEvent,
     )?;
     setsockopt(&descriptor, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
-    bind(descriptor.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
+    bind(descriptor.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
     Ok(descriptor)
 }
 
-/// Reads both until one of them fails for good.
-fn read(netlink: &OwnedFd, inotify: &Inotify, sender: &broadcast::Sender<KernelEvent>) -> io::Result<()> {
+/// Reads until the socket fails for good.
+fn read(netlink: &OwnedFd, sender: &broadcast::Sender<KernelEvent>) -> io::Result<()> {
     let mut buffer = vec![0u8; 16 * 1024];
     loop {
-        let mut ready = [
-            PollFd::new(netlink.as_fd(), PollFlags::POLLIN),
-            PollFd::new(inotify.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut ready, PollTimeout::NONE) {
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        match recvfrom::<NetlinkAddr>(netlink.as_raw_fd(), &mut buffer) {
-            // Only the kernel has port 0; anybody may send to the group with another one. Nobody may be waiting.
-            Ok((length, Some(from))) if from.pid() == 0 => {
-                if let Some(event) = parse(&buffer[..length]) {
-                    drop(sender.send(event));
-                }
-            }
-            Ok(_) | Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
+        let event = match recvfrom::<NetlinkAddr>(netlink.as_raw_fd(), &mut buffer) {
+            Ok((length, _)) if buffer[..length].starts_with(UDEV_PREFIX) => Some(KernelEvent::Udev),
+            // Only the kernel has port 0; anybody may send to the group with another one.
+            Ok((length, Some(from))) if from.pid() == 0 => parse(&buffer[..length]),
+            Ok(_) | Err(nix::Error::EINTR) => None,
             // The kernel dropped some: whoever waits is to look for itself.
-            Err(nix::Error::ENOBUFS) => drop(sender.send(KernelEvent::StableNames)),
+            Err(nix::Error::ENOBUFS) => Some(KernelEvent::Udev),
             Err(error) => return Err(error.into()),
-        }
-        match inotify.read_events() {
-            Ok(_) => drop(sender.send(KernelEvent::StableNames)),
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
-            Err(error) => return Err(error.into()),
+        };
+        if let Some(event) = event {
+            // Nobody may be waiting.
+            drop(sender.send(event));
         }
     }
 }
@@ -197,7 +176,7 @@ mod tests {
         let (sender, receiver) = broadcast::channel(8);
         let mut subscription = Subscription { receiver };
         let mut looks = 0;
-        sender.send(KernelEvent::StableNames).unwrap();
+        sender.send(KernelEvent::Udev).unwrap();
         let found = subscription
             .wait_until(Duration::from_secs(5), || {
                 looks += 1;

@@ -9,6 +9,9 @@ use tether_proto::{ByteSize, Wwn};
 
 use super::session::{Session, Sysfs, read};
 
+/// Where udev keeps the stable names.
+pub(crate) const BY_ID: &str = "/dev/disk/by-id";
+
 /// What is wrong with a disk.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DeviceError {

@@ -1,0 +1,199 @@
+//! Talking to a Linux guest: which disks it sees, and writing and reading them from inside.
+//!
+//! The guest answers on its second serial port (see `image/guest/commands`); ssh brings that socket to this machine.
+//! Not here: libvirt and the domains' XML, they belong to the compute host.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use crate::instance::Instance;
+use crate::progress::pause;
+
+/// How long an answer may take when nobody says otherwise.
+const ANSWER: Duration = Duration::from_secs(60);
+/// Between two looks at the guest's list of disks.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// A Linux guest.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// Its libvirt domain.
+    pub name: String,
+    socket: PathBuf,
+}
+
+/// A disk as the guest's kernel sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// `vda`, `sda`, …
+    pub name: String,
+    /// In bytes.
+    pub size: u64,
+    /// The serial, empty when it has none.
+    pub serial: String,
+    /// Whether the guest may not write to it.
+    pub read_only: bool,
+}
+
+impl Guest {
+    pub(crate) fn new(name: &str, instance: &Instance) -> Self {
+        Self { name: name.to_string(), socket: instance.file(&format!("{name}.commands")) }
+    }
+
+    /// Runs one command in the guest and gives what follows `ok`.
+    ///
+    /// # Errors
+    /// When the guest answers `error`, or not within a minute.
+    pub async fn command(&self, command: &str) -> anyhow::Result<String> {
+        self.command_within(command, ANSWER).await
+    }
+
+    /// [`Guest::command`] with another deadline.
+    ///
+    /// # Errors
+    /// When the guest answers `error`, or misses the deadline.
+    pub async fn command_within(&self, command: &str, deadline: Duration) -> anyhow::Result<String> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        // An answer to somebody who gave up must not be taken for ours.
+        let id = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        timeout(deadline, self.exchange(&id, command))
+            .await
+            .with_context(|| format!("no answer after {} s", deadline.as_secs_f64()))
+            .and_then(|r| r)
+            .with_context(|| format!("guest {}: {command}", self.name))
+    }
+
+    async fn exchange(&self, id: &str, command: &str) -> anyhow::Result<String> {
+        let stream = UnixStream::connect(&self.socket).await.context("its command socket")?;
+        let mut stream = BufReader::new(stream);
+        stream.get_mut().write_all(format!("{id} {command}\n").as_bytes()).await?;
+        let mut line = String::new();
+        loop {
+            line.clear();
+            if stream.read_line(&mut line).await? == 0 {
+                bail!("the guest's serial port is closed");
+            }
+            let Some(answer) = line.trim_end().strip_prefix(id).and_then(|a| a.strip_prefix(' ')) else {
+                continue;
+            };
+            return match answer.split_once(' ').unwrap_or((answer, "")) {
+                ("ok", result) => Ok(result.to_string()),
+                (_, problem) => bail!("{problem}"),
+            };
+        }
+    }
+
+    /// The disks that the guest sees.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn disks(&self) -> anyhow::Result<Vec<Disk>> {
+        parse_disks(&self.command("list").await?)
+    }
+
+    /// Waits until the guest sees a disk with this serial.
+    ///
+    /// # Errors
+    /// When it does not in time; the error says what it sees.
+    pub async fn wait_disk(&self, serial: &str, deadline: Duration) -> anyhow::Result<Disk> {
+        let began = Instant::now();
+        loop {
+            let disks = self.disks().await?;
+            if let Some(disk) = disks.iter().find(|d| d.serial == serial) {
+                return Ok(disk.clone());
+            }
+            if began.elapsed() >= deadline {
+                bail!("guest {} sees no disk with serial '{serial}' but {disks:?}", self.name);
+            }
+            pause(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Waits until the guest sees no disk with this serial.
+    ///
+    /// # Errors
+    /// When it still sees it at the deadline.
+    pub async fn wait_gone(&self, serial: &str, deadline: Duration) -> anyhow::Result<()> {
+        let began = Instant::now();
+        while let Some(disk) = self.disks().await?.into_iter().find(|d| d.serial == serial) {
+            if began.elapsed() >= deadline {
+                bail!("guest {} still sees {disk:?}", self.name);
+            }
+            pause(LOOK_AGAIN).await;
+        }
+        Ok(())
+    }
+
+    /// Writes [`pattern`] of `seed` to the start of a disk, from inside the guest, down to the storage.
+    ///
+    /// # Errors
+    /// When the guest says so; `bytes` must be a multiple of 512.
+    pub async fn write(&self, disk: &Disk, seed: &str, bytes: u64) -> anyhow::Result<()> {
+        self.command(&format!("write {} {seed} {bytes}", disk.name)).await.map(drop)
+    }
+
+    /// SHA-256 of the first bytes of a disk in hexadecimal, read by the guest from the storage.
+    ///
+    /// # Errors
+    /// When the guest says so.
+    pub async fn checksum(&self, disk: &Disk, bytes: u64) -> anyhow::Result<String> {
+        self.command(&format!("checksum {} {bytes}", disk.name)).await
+    }
+}
+
+/// What the guest's `write` puts on a disk: records of 512 bytes, each with the seed and its own number.
+pub fn pattern(seed: &str, bytes: usize) -> Vec<u8> {
+    let mut all = Vec::with_capacity(bytes);
+    for number in 0..bytes / 512 {
+        let head = format!("{seed}:{number}:");
+        all.extend_from_slice(head.as_bytes());
+        all.resize(all.len() + 511 - head.len().min(511), b'.');
+        all.push(b'\n');
+    }
+    all
+}
+
+fn parse_disks(list: &str) -> anyhow::Result<Vec<Disk>> {
+    list.split(';').map(str::trim).filter(|d| !d.is_empty()).map(parse_disk).collect()
+}
+
+fn parse_disk(text: &str) -> anyhow::Result<Disk> {
+    let (name, facts) = text.split_once(' ').with_context(|| format!("disk '{text}'"))?;
+    let fact = |key: &str| facts.split(' ').find_map(|f| f.strip_prefix(key)?.strip_prefix('='));
+    Ok(Disk {
+        name: name.to_string(),
+        size: fact("size").and_then(|s| s.parse().ok()).with_context(|| format!("no size in '{text}'"))?,
+        serial: fact("serial").unwrap_or_default().to_string(),
+        read_only: fact("ro") == Some("1"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_read_from_the_guests_answer() {
+        let disks = parse_disks("vda size=1024 serial=ab-c ro=0; sda size=512 serial= ro=1; ").unwrap();
+        let expected = [
+            Disk { name: "vda".into(), size: 1024, serial: "ab-c".into(), read_only: false },
+            Disk { name: "sda".into(), size: 512, serial: String::new(), read_only: true },
+        ];
+        assert_eq!(disks, expected);
+        assert!(parse_disks("").unwrap().is_empty());
+        assert!(parse_disks("vda size=x").is_err());
+    }
+
+    #[test]
+    fn the_pattern_numbers_every_sector() {
+        let bytes = pattern("seed", 1024);
+        assert_eq!(bytes.len(), 1024);
+        assert!(bytes[512..].starts_with(b"seed:1:...") && bytes.ends_with(b".\n"));
+    }
+}

@@ -1,0 +1,210 @@
+//! Tether in the lab: puts the built agents on the hosts with certificates and configs, and runs the `tether` command
+//! of this machine against them.
+//!
+//! Not here: building (`tests/lab`, `tests/run` and the quickstart do that before), and what tests do with it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+use tether_agent_core::command::{CommandLine, Output};
+
+use crate::agents::{Agents, HostSetup};
+use crate::lab::Lab;
+use crate::cache;
+
+/// The thick pool in the lab: all of the volume group `tether`.
+pub const THICK_POOL: &str = "thick";
+/// The thin pool in the lab: `tether/thinpool`.
+pub const THIN_POOL: &str = "thin";
+/// What the targets' names begin with.
+pub const IQN_PREFIX: &str = "iqn.2026-11.internal.tether.lab:storage";
+/// The file on a host that says at which step an agent built for tests is to fail.
+pub const FAULT_FILE: &str = "/run/tether/fault";
+/// How long one `tether` command may take.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(180);
+
+const STORAGE_UNIT: &str = include_str!("../../packaging/systemd/tether-storage-agent.service");
+const COMPUTE_UNIT: &str = include_str!("../../packaging/systemd/tether-compute-agent.service");
+
+/// The `tether` command, set up for one lab.
+#[derive(Debug, Clone)]
+pub struct Tether {
+    program: PathBuf,
+    config: PathBuf,
+}
+
+impl Tether {
+    /// Installs the agents found beside this program in the lab, and writes a config for the `tether` command. Goes
+    /// back to the state `ready` when just these agents are in it.
+    ///
+    /// # Errors
+    /// When a binary was not built, or the agents do not start.
+    pub async fn install(lab: &Lab) -> anyhow::Result<Self> {
+        let binaries = binaries()?;
+        let program = binaries.join("tether");
+        let pki = pki(&program).await?;
+        let agents = Agents {
+            storage: host_setup(&binaries, &pki, "storage", STORAGE_UNIT, &storage_config())?,
+            compute: host_setup(&binaries, &pki, "compute", COMPUTE_UNIT, COMPUTE_CONFIG)?,
+        };
+        lab.install(&agents).await?;
+        let config = lab.instance().file("tether.toml");
+        let text = format!(
+            "# Written by tether-lab at each install.\n\
+             [tls]\nca = {ca:?}\ncertificate = {certificate:?}\nkey = {key:?}\n\n\
+             [storage.storage]\naddress = \"127.0.0.1:{storage}\"\n\n\
+             [compute.compute]\naddress = \"127.0.0.1:{compute}\"\n",
+            ca = pki.join("ca.crt"),
+            certificate = pki.join("lab.crt"),
+            key = pki.join("lab.key"),
+            storage = lab.storage.agent_port,
+            compute = lab.compute.agent_port,
+        );
+        std::fs::write(&config, text).with_context(|| format!("{}", config.display()))?;
+        Ok(Self { program, config })
+    }
+
+    /// The command as a person types it to reach this lab.
+    pub fn typed(&self) -> String {
+        format!("{} --config {}", self.program.display(), self.config.display())
+    }
+
+    /// Runs `tether --json …` and gives what it printed.
+    ///
+    /// # Errors
+    /// When it fails; the error holds what it printed.
+    pub async fn json(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+        let output = self.output(arguments).await?;
+        ensure!(
+            output.exit_code == Some(0),
+            "tether {}: exit code {:?}: {}{}",
+            arguments.join(" "),
+            output.exit_code,
+            output.stdout.trim(),
+            output.stderr.trim()
+        );
+        serde_json::from_str(&output.stdout).with_context(|| output.stdout.clone())
+    }
+
+    /// Runs `tether --json …`, which is to fail, and gives its exit code and the error that it printed.
+    ///
+    /// # Errors
+    /// When it succeeds, or prints no error.
+    pub async fn error(&self, arguments: &[&str]) -> anyhow::Result<(i32, Value)> {
+        let output = self.output(arguments).await?;
+        let code = output.exit_code.context("tether was killed")?;
+        if code == 0 {
+            bail!("tether {} should have failed, and printed {}", arguments.join(" "), output.stdout.trim());
+        }
+        let all: Value = serde_json::from_str(&output.stdout)
+            .with_context(|| format!("exit code {code}: {}{}", output.stdout, output.stderr))?;
+        Ok((code, all["error"].clone()))
+    }
+
+    /// Runs `tether --json …` and gives all of it.
+    ///
+    /// # Errors
+    /// When it cannot be started or takes longer than three minutes.
+    pub async fn output(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        let command = CommandLine::new(&self.program).arg("--json").arg("--config").arg(&self.config);
+        Ok(command.args(arguments).deadline(COMMAND_DEADLINE).output().await?)
+    }
+}
+
+/// The folder with this build's binaries: that of this program, or the one above `deps`. Tests that run in another
+/// profile name it in `TETHER_BINARIES`.
+fn binaries() -> anyhow::Result<PathBuf> {
+    let folder = match std::env::var_os("TETHER_BINARIES") {
+        Some(folder) => PathBuf::from(folder),
+        None => {
+            let program = std::env::current_exe()?;
+            let folder = program.parent().context("this program is in no folder")?;
+            if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder }.to_path_buf()
+        }
+    };
+    for name in ["tether", "tether-storage-agent", "tether-compute-agent"] {
+        let path = folder.join(name);
+        ensure!(path.exists(), "{} was not built: run tests/run lab, or packaging/quickstart", path.display());
+    }
+    Ok(folder)
+}
+
+/// Certificates for the lab, made once by `tether pki` itself.
+async fn pki(program: &Path) -> anyhow::Result<PathBuf> {
+    // Made anew for another version of the command, so that what it makes is what is used.
+    let key = cache::key([std::fs::read(program)?.as_slice()]);
+    cache::entry("pki", &key, async |folder| {
+        let issue = |arguments: &[&str]| {
+            CommandLine::new(program).arg("pki").args(arguments).arg("--directory").arg(&folder).run()
+        };
+        issue(&["init"]).await?;
+        for name in ["storage", "compute"] {
+            issue(&["issue", "agent", name, "--address", "127.0.0.1"]).await?;
+        }
+        issue(&["issue", "controller", "lab"]).await?;
+        Ok(())
+    })
+    .await
+}
+
+fn host_setup(binaries: &Path, pki: &Path, host: &str, unit: &str, config: &str) -> anyhow::Result<HostSetup> {
+    let agent = format!("tether-{host}-agent");
+    let read = |path: PathBuf| std::fs::read(&path).with_context(|| format!("{}", path.display()));
+    // Agents that were not built for tests do not look at the variable.
+    let fault = format!("[Service]\nEnvironment=TETHER_FAULT_FILE={FAULT_FILE}\n");
+    let files = vec![
+        (format!("/usr/bin/{agent}"), 0o755, read(binaries.join(&agent))?),
+        (format!("/etc/tether/{host}-agent.toml"), 0o644, config.as_bytes().to_vec()),
+        ("/etc/tether/pki/ca.crt".to_owned(), 0o644, read(pki.join("ca.crt"))?),
+        (format!("/etc/tether/pki/{host}.crt"), 0o644, read(pki.join(format!("{host}.crt")))?),
+        (format!("/etc/tether/pki/{host}.key"), 0o600, read(pki.join(format!("{host}.key")))?),
+        (format!("/etc/systemd/system/{agent}.service"), 0o644, unit.as_bytes().to_vec()),
+        (format!("/etc/systemd/system/{agent}.service.d/fault.conf"), 0o644, fault.into_bytes()),
+    ];
+    let commands = vec![
+        format!("{agent} --check-config"),
+        format!("systemctl daemon-reload && systemctl enable --quiet --now {agent}"),
+    ];
+    Ok(HostSetup { files, commands })
+}
+
+fn storage_config() -> String {
+    format!(
+        r#"[server]
+listen = "[::]:7440"
+socket = "/run/tether/storage-agent.sock"
+certificate = "/etc/tether/pki/storage.crt"
+key = "/etc/tether/pki/storage.key"
+ca = "/etc/tether/pki/ca.crt"
+
+[iscsi]
+portals = ["{v4}:3260", "[{v6}]:3260"]
+iqn_prefix = "{IQN_PREFIX}"
+
+[pool.{THICK_POOL}]
+kind = "lvm"
+volume_group = "tether"
+devices = ["/dev/vdb"]
+
+[pool.{THIN_POOL}]
+kind = "lvm"
+volume_group = "tether"
+thin_pool = "thinpool"
+devices = ["/dev/vdb"]
+"#,
+        v4 = "10.99.0.1"
+        v6 = "fd99::1",
+    )
+}
+
+const COMPUTE_CONFIG: &str = r#"guest_deadline_milliseconds = 20000
+
+[server]
+listen = "[::]:7440"
+socket = "/run/tether/compute-agent.sock"
+certificate = "/etc/tether/pki/compute.crt"
+key = "/etc/tether/pki/compute.key"
+ca = "/etc/tether/pki/ca.crt"
+"#;
