@@ -70,7 +70,7 @@ pub enum CommandError {
         stderr: String,
     },
     /// It was still running at its deadline.
-    #[error("{command}: still running after {} ms{}", deadline.as_millis(), match stuck_pid { Some(pid) => format!("; process {pid} cannot be killed"), None => String::new() })]
+    #[error("{command}: still running after {} ms{}", deadline.as_millis(), match stuck_pid { Some(pid) => format!("; process {pid} is still there"), None => String::new() })]
     Deadline {
         /// The command as a person would type it.
         command: String,
@@ -165,8 +165,8 @@ impl CommandLine {
         self
     }
 
-    /// Past the deadline it gets SIGTERM only, never SIGKILL: for programs that hold a lock which a kill would
-    /// leave behind for everyone (`iscsiadm`, F24). It is then left to end by itself and is reaped by the runtime.
+    /// Past the deadline it gets no signal: for programs that hold a lock or a half-done change which any signal would
+    /// leave behind for everyone (`iscsiadm`, F24; LVM). It ends by itself, and the runtime reaps it.
     #[must_use]
     pub fn never_kill(mut self) -> Self {
         self.kill = false;
@@ -237,7 +237,10 @@ impl CommandLine {
                 tracing::debug!(%command, exit_code = ?output.exit_code, "end");
                 Ok(output)
             }
-            Ok(Err(source)) => Err(CommandError::Io { command, source }),
+            Ok(Err(source)) => {
+                let _stuck = self.end(&mut child, pid).await;
+                Err(CommandError::Io { command, source })
+            }
             Err(_) => {
                 let stuck_pid = self.end(&mut child, pid).await;
                 Err(CommandError::Deadline { command, deadline: self.deadline, stuck_pid })
@@ -249,17 +252,21 @@ impl CommandLine {
     async fn end(&self, child: &mut tokio::process::Child, pid: Option<u32>) -> Option<u32> {
         let pid = pid?;
         let group = Pid::from_raw(i32::try_from(pid).ok()?);
-        let signals: &[Signal] =
-            if self.kill { &[Signal::SIGTERM, Signal::SIGKILL] } else { &[Signal::SIGTERM] };
-        for signal in signals {
-            if let Err(error) = killpg(group, *signal) {
-                tracing::debug!(pid, %error, "signal not delivered");
-            }
-            if timeout(GRACE, child.wait()).await.is_ok() {
-                return None;
+        if self.kill {
+            for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+                if let Err(error) = killpg(group, signal) {
+                    tracing::debug!(pid, %error, "signal not delivered");
+                }
+                if timeout(GRACE, child.wait()).await.is_ok() {
+                    // Its children may have ignored what ended it; the group is still theirs.
+                    if let Err(error) = killpg(group, Signal::SIGKILL) {
+                        tracing::debug!(pid, %error, "nobody is left in the group");
+                    }
+                    return None;
+                }
             }
         }
-        tracing::error!(pid, program = %self.program.display(), "process cannot be ended");
+        tracing::error!(pid, program = %self.program.display(), "process is still running");
         Some(pid)
     }
 }
@@ -327,16 +334,23 @@ mod tests {
         assert!(began.elapsed() < Duration::from_secs(10));
     }
 
-    /// F24: what holds a lock gets SIGTERM and no more, and is reported when it stays.
+    /// F24: what holds a lock gets no signal, ends its work, and is reported while it stays.
     #[tokio::test]
-    async fn f24_a_program_that_must_not_be_killed_is_reported_when_it_stays() {
-        let error = shell("trap '' TERM; exec sleep 6")
+    async fn f24_a_program_that_must_not_be_killed_is_reported_and_ends_its_work() {
+        let folder = tempfile::tempdir().unwrap();
+        let done = folder.path().join("done");
+        let error = shell(&format!("sleep 1; touch {}", done.display()))
             .deadline(Duration::from_millis(100))
             .never_kill()
             .run()
             .await
             .unwrap_err();
         assert!(matches!(error, CommandError::Deadline { stuck_pid: Some(_), .. }), "{error}");
+        let began = Instant::now();
+        while !done.exists() {
+            assert!(began.elapsed() < Duration::from_secs(10), "it was ended");
+            tokio::task::yield_now().await;
+        }
     }
 
     #[test]

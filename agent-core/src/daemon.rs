@@ -5,6 +5,7 @@ use std::future::Future;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser};
 use serde::de::DeserializeOwned;
@@ -13,10 +14,13 @@ use tonic::service::Routes;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{self, ConfigError, Danger, Server};
+use crate::operations::Operations;
 use crate::server;
 
 /// Exit code for bad usage or config (sysexits.h, EX_USAGE).
 const EXIT_USAGE: u8 = 64;
+/// How long operations under way may take to end once the agent is told to stop.
+const OPERATIONS_LIMIT: Duration = Duration::from_secs(20);
 
 #[derive(Parser)]
 #[command(version)]
@@ -45,12 +49,22 @@ pub trait AgentConfig: DeserializeOwned {
     fn danger(&self) -> Danger;
 }
 
+/// An agent that is ready to serve.
+pub struct Agent<C> {
+    /// Its config.
+    pub config: C,
+    /// Its services.
+    pub routes: Routes,
+    /// Where its operations run; the end waits for them.
+    pub operations: Vec<Operations>,
+}
+
 /// Runs an agent from its arguments to its exit code. `build` makes the services from the config.
 pub fn main<C, B, F>(name: &'static str, default_config: &str, build: B) -> ExitCode
 where
     C: AgentConfig,
     B: FnOnce(C, CancellationToken) -> F,
-    F: Future<Output = Result<(C, Routes), Box<dyn Error + Send + Sync>>>,
+    F: Future<Output = Result<Agent<C>, Box<dyn Error + Send + Sync>>>,
 {
     let matches = match Arguments::command().name(name).try_get_matches() {
         Ok(matches) => matches,
@@ -88,7 +102,10 @@ where
         Ok(runtime) => runtime,
         Err(error) => return complain(name, &error, 1),
     };
-    match runtime.block_on(run(config, build)) {
+    let outcome = runtime.block_on(run(config, build));
+    // A thread that the kernel holds must not hold up the end.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => complain(name, error.as_ref(), 1),
     }
@@ -98,11 +115,11 @@ async fn run<C, B, F>(config: C, build: B) -> Result<(), Box<dyn Error + Send + 
 where
     C: AgentConfig,
     B: FnOnce(C, CancellationToken) -> F,
-    F: Future<Output = Result<(C, Routes), Box<dyn Error + Send + Sync>>>,
+    F: Future<Output = Result<Agent<C>, Box<dyn Error + Send + Sync>>>,
 {
     let shutdown = CancellationToken::new();
     stop_on_signal(shutdown.clone())?;
-    let (config, routes) = build(config, shutdown.clone()).await?;
+    let Agent { config, routes, operations } = build(config, shutdown.clone()).await?;
     server::serve(config.server(), config.danger(), routes, shutdown, || {
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
         // Without systemd there is nobody to tell, which is no error.
@@ -111,6 +128,11 @@ where
         }
     })
     .await?;
+    for operations in operations {
+        for unfinished in operations.wait_until_idle(OPERATIONS_LIMIT).await {
+            tracing::warn!(%unfinished, "stopped in the middle; the same call, or its opposite, goes on from the journal");
+        }
+    }
     tracing::info!("stopped");
     Ok(())
 }

@@ -84,7 +84,7 @@ reasons! {
     /// A thin pool that hands out old data.
     ThinPoolNotZeroing = "THIN_POOL_NOT_ZEROING", FailedPrecondition, retry None, "turn zeroing on: lvchange --zero y VG/POOL";
     /// New space could not be wiped.
-    WipeFailed = "WIPE_FAILED", Internal, retry None, "see the kernel's log on the storage host; the same call again goes on wiping";
+    WipeFailed = "WIPE_FAILED", Internal, retry None, "see the kernel's log on the storage host, then create it again";
     /// The agent's own record could not be written or read.
     JournalFailed = "JOURNAL_FAILED", Internal, retry None, "see to the disk under the agent's state directory";
     /// The host has no initiator name.
@@ -117,10 +117,18 @@ reasons! {
     GuestHoldsDevice = "GUEST_HOLDS_DEVICE", DeadlineExceeded, retry Some(10), "unmount the disk in the guest, see that its OS runs, then detach again; the storage stays connected";
     /// What the host had cached could not be written.
     FlushFailed = "FLUSH_FAILED", DataLoss, retry None, "mend the path to the storage, then detach again; the storage stays connected";
-    /// Something on the host has the device open.
-    DeviceInUse = "DEVICE_IN_USE", FailedPrecondition, retry Some(5), "see what holds it on the compute host: lsblk, fuser";
+    /// A domain has the device by other means than ours.
+    DeviceInUse = "DEVICE_IN_USE", FailedPrecondition, retry None, "take the disk out of the domain with the tool that put it there, then detach again";
     /// What was to be gone is still there.
     StillThere = "STILL_THERE", Internal, retry Some(5), "call again; if it stays, see the kernel's log";
+    /// Others were busy with the domain all the time.
+    DomainBusy = "DOMAIN_BUSY", Unavailable, retry Some(5), "call again; see what keeps the domain busy: virsh domjobinfo DOMAIN";
+    /// Another attachment of this host has the target or the volume.
+    TargetAttached = "TARGET_ATTACHED", FailedPrecondition, retry None, "detach the other attachment first";
+    /// It is not known whether it was done.
+    OutcomeUnknown = "OUTCOME_UNKNOWN", Unavailable, retry Some(10), "see the attachment's state; detach it, or repeat the call with the same id";
+    /// The kernel does not come back from a call.
+    Stuck = "STUCK", DeadlineExceeded, retry None, "see the kernel's log: journalctl -k; what hangs in the kernel ends with it or with a reboot";
     /// A defect of ours.
     Internal = "INTERNAL", Internal, retry None, "report this with the agent's log";
 }

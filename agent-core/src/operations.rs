@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use tether_proto::wire;
 use tokio::sync::{oneshot, watch};
+use tracing::Instrument;
 
 use crate::failure::{Failure, Reason};
 
@@ -66,22 +67,16 @@ impl Steps {
         }
     }
 
-    /// Runs one step that blocks, on a thread that may block.
+    /// Runs one step that blocks, on a thread that may block, within [`KERNEL_DEADLINE`].
     ///
     /// # Errors
-    /// The step's, or `INTERNAL` when it panicked.
+    /// As [`blocking`].
     pub async fn run_blocking<T: Send + 'static, E: Into<Failure> + Send + 'static>(
         &self,
         step: &'static str,
         work: impl FnOnce() -> Result<T, E> + Send + 'static,
     ) -> Result<T, Failure> {
-        self.run(step, async move {
-            match tokio::task::spawn_blocking(work).await {
-                Ok(result) => result.map_err(Into::into),
-                Err(error) => Err(Failure::from_error(Reason::Internal, &error)),
-            }
-        })
-        .await
+        self.run(step, blocking(KERNEL_DEADLINE, work)).await
     }
 
     /// Says how far a step is.
@@ -125,9 +120,31 @@ impl Steps {
     }
 }
 
+/// How long one call into the kernel may take: a write to configfs or sysfs, an fsync.
+pub const KERNEL_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Runs what blocks on a thread that may block. Past the deadline the caller goes on and the thread stays where it is:
+/// nothing can take it out of the kernel.
+///
+/// # Errors
+/// The work's, `STUCK` when it misses the deadline, `INTERNAL` when it panicked.
+pub async fn blocking<T: Send + 'static, E: Into<Failure> + Send + 'static>(
+    deadline: Duration,
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::time::timeout(deadline, tokio::task::spawn_blocking(work)).await {
+        Ok(Ok(result)) => result.map_err(Into::into),
+        Ok(Err(error)) => Err(Failure::from_error(Reason::Internal, &error)),
+        Err(_) => Err(Failure::new(
+            Reason::Stuck,
+            format!("the kernel has not answered for {} s", deadline.as_secs()),
+        )),
+    }
+}
+
 struct Running {
     verb: &'static str,
-    /// The request as JSON, to tell a retry from another call. Never logged: it may hold a secret.
+    /// The request as text, to tell a retry from another call. Never logged.
     request: String,
     steps: Steps,
     /// A `watch::Receiver<Option<Result<T, Failure>>>` of the verb's own `T`.
@@ -218,13 +235,31 @@ impl Operations {
         }
         let guard = EndOfOperation { operations: self.clone(), key: key.to_owned(), steps: steps.clone() };
         let work = work(steps);
-        tokio::spawn(async move {
+        let task = async move {
             let outcome = work.await;
             // First out of the table, then the answer: who has the answer may start the next verb at once.
             drop(guard);
             sender.send_replace(Some(outcome));
-        });
+        };
+        // Every line of the log says which operation it belongs to.
+        tokio::spawn(task.instrument(tracing::info_span!("operation", verb, key)));
         Ok(receiver)
+    }
+
+    /// Waits until no operation runs, at most `limit`; gives what still runs then, `verb of key: step …`.
+    pub async fn wait_until_idle(&self, limit: Duration) -> Vec<String> {
+        let deadline = tokio::time::Instant::now() + limit;
+        loop {
+            let next = self.lock().running.values().next().map(|running| running.steps.log.subscribe());
+            let Some(mut log) = next else { return Vec::new() };
+            if tokio::time::timeout_at(deadline, log.wait_for(|log| log.ended)).await.is_err() {
+                let table = self.lock();
+                let still = table.running.iter();
+                return still
+                    .map(|(key, running)| format!("{} of {key}: {}", running.verb, running.steps.describe()))
+                    .collect();
+            }
+        }
     }
 
     /// The steps of the operation under `key` from its beginning, or of the next one to start; ends with it.

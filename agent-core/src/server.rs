@@ -1,7 +1,7 @@
 //! The doors: mTLS on TCP, and a Unix socket for root on the host. Serves one set of gRPC services on both.
 //!
-//! A connection that has not finished its handshake costs a task with a deadline and a place in a bounded set; it
-//! never stops the accept loop. Not here: what the services do, and what the certificates must be (`tls`).
+//! A connection that has not finished its handshake costs a task with a deadline and a place in a bounded set; when all
+//! places are taken, further connections are dropped. Not here: what the services do, and what the certificates must be (`tls`).
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -132,7 +132,14 @@ fn listen_unix(path: &Path) -> Result<UnixListener, ServerError> {
             )));
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(_) => std::fs::remove_file(path).map_err(fail)?,
+        Err(error) => {
+            // A socket that nobody listens on is left by an agent that was killed; anything else is not ours to remove.
+            let kind = std::fs::symlink_metadata(path).map_err(fail)?.file_type();
+            if !std::os::unix::fs::FileTypeExt::is_socket(&kind) {
+                return Err(fail(error));
+            }
+            std::fs::remove_file(path).map_err(fail)?;
+        }
     }
     let listener = UnixListener::bind(path).map_err(fail)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
@@ -177,10 +184,6 @@ fn accept_tls(
     let places = Arc::new(Semaphore::new(HANDSHAKES));
     tokio::spawn(async move {
         loop {
-            let place = tokio::select! {
-                place = places.clone().acquire_owned() => place,
-                () = shutdown.cancelled() => return,
-            };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = shutdown.cancelled() => return,
@@ -191,6 +194,10 @@ fn accept_tls(
                     pause(&error, &shutdown).await;
                     continue;
                 }
+            };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                tracing::warn!(%peer, "too many handshakes under way: dropped");
+                continue;
             };
             let (acceptor, sender) = (acceptor.clone(), sender.clone());
             tokio::spawn(async move {

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use tether_proto::wire;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::server::NamedService;
 use tonic::service::Routes;
@@ -41,9 +42,11 @@ where
 /// The answer of `WatchOperation`.
 pub type StepStream = Pin<Box<dyn Stream<Item = Result<wire::StepEvent, Status>> + Send>>;
 
-/// The steps of the operation under `key`, or of the next one to start.
-pub fn step_stream(operations: Operations, key: String) -> StepStream {
+/// The steps of the operation under `key`, or of the next one to start. Ends with the agent, too.
+pub fn step_stream(operations: Operations, key: String, shutdown: CancellationToken) -> StepStream {
     let (sender, receiver) = tokio::sync::mpsc::channel(64);
-    tokio::spawn(async move { operations.watch(&key, sender).await });
+    tokio::spawn(async move {
+        tokio::select! { () = operations.watch(&key, sender) => (), () = shutdown.cancelled() => () }
+    });
     Box::pin(ReceiverStream::new(receiver).map(Ok))
 }

@@ -8,21 +8,18 @@ use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::operations::Steps;
-use tether_proto::wire::Outcome;
-use tether_proto::{AttachmentId, ConnectionInfo, DiskOptions, DomainName};
-use tokio::time::timeout;
+use tether_proto::wire::{AttachmentStatus, Outcome};
+use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, DiskOptions, DomainName};
 
-use crate::attachments::{Attachments, Views};
+use crate::attachments::{Attachments, Views, unreadable};
 use crate::hypervisor::domain_xml::{DiskPlan, PlaceError, alias_of, choose_place, disk_element};
-use crate::hypervisor::libvirt::{Affect, DomainState};
-use crate::initiator::device::{self, DeviceError};
-use crate::initiator::iscsi::{self, IscsiError};
-use crate::initiator::node_record::{self, NodeRecordError};
+use crate::hypervisor::libvirt::{Affect, DomainState, LibvirtError};
 use crate::initiator::session::Session;
+use crate::initiator::{device, iscsi, node_record};
 use crate::record::{Attachment, AttachmentRecord, Phase};
 
-/// How long the kernel and udev may take for the session, the disk and its names, each.
-const KERNEL_DEADLINE: Duration = Duration::from_secs(30);
+/// How long the kernel and udev may take for the disk and its names, each.
+const EVENT_DEADLINE: Duration = Duration::from_secs(30);
 
 impl Attachments {
     /// Attaches, or finds that it is done, or finishes what was begun.
@@ -33,72 +30,92 @@ impl Attachments {
         domain: DomainName,
         connection: ConnectionInfo,
         options: DiskOptions,
-    ) -> Result<Outcome, Failure> {
+    ) -> Result<(Outcome, AttachmentStatus), Failure> {
         let recorded = self.journal.get(&id.to_string());
         if let Some(record) = &recorded {
-            check_retry(record, &domain, &connection, &options)?;
+            record.check_retry(&domain, &connection, &options)?;
         }
         let state =
             steps.run("find-domain", async { Ok::<_, Failure>(self.libvirt.find(&domain).await?) }).await?;
-        let (mut record, fresh) = match recorded {
-            Some(record) => (record, false),
-            None => (new_record(id, domain, &state, connection, options), true),
+        let (phase, mut attachment) = match recorded {
+            Some(AttachmentRecord { phase, attachment: Some(attachment), .. }) => (Some(phase), attachment),
+            _ => (None, new_attachment(domain, &state, connection, options)),
         };
-        let Some(attachment) = record.attachment.as_mut() else {
-            return Err(Failure::new(Reason::Internal, format!("the record of {id} is empty")));
-        };
-        if attachment.domain_uuid != state.uuid {
-            return Err(Failure::new(
-                Reason::DifferentParameters,
-                format!(
-                    "domain {} is another one now ({}) than when attachment {id} began ({})",
-                    state.name, state.uuid, attachment.domain_uuid
-                ),
-            ));
+        check_domain(id, &attachment, &state)?;
+        let fresh = phase.is_none();
+        self.claim(id, &attachment)?;
+        if fresh && let Err(failure) = self.check_nobody_elses(&attachment) {
+            self.release(id);
+            return Err(failure);
         }
-        check_domain(id, attachment, &state)?;
-        let was_attached = record.phase == Phase::Attached;
-        if fresh {
-            self.write(steps, "write-journal", &record).await?;
+        // A disk that the domain has may be in use: a failure from here on does not take it away.
+        let in_use = phase == Some(Phase::Attached) || Views::of(&state)?.in_live(id);
+        let made = async {
+            if fresh {
+                let record =
+                    AttachmentRecord { id, phase: Phase::Attaching, attachment: Some(attachment.clone()) };
+                self.write(steps, "write-journal", &record).await?;
+            }
+            let (changed, views) = self.converge(steps, id, &mut attachment, fresh).await?;
+            if phase != Some(Phase::Attached) {
+                let record =
+                    AttachmentRecord { id, phase: Phase::Attached, attachment: Some(attachment.clone()) };
+                self.write(steps, "close-journal", &record).await?;
+            }
+            Ok((changed, self.status(id, Phase::Attached, &attachment, &views)?))
         }
-        match self.converge(steps, &mut record).await {
-            Ok(changed) => {
-                if !was_attached {
-                    record.phase = Phase::Attached;
-                    self.write(steps, "close-journal", &record).await?;
-                }
-                tracing::info!(attachment = %id, domain = %state.name, fresh, changed, "attached");
-                Ok(match (fresh, changed) {
+        .await;
+        match made {
+            Ok((changed, status)) => {
+                tracing::info!(domain = %state.name, target_device = %status.target_device, changed, "attached");
+                let outcome = match (fresh, changed) {
                     (true, _) => Outcome::Created,
                     (false, true) => Outcome::Repaired,
                     (false, false) => Outcome::Unchanged,
-                })
+                };
+                Ok((outcome, status))
             }
-            Err(failure) if was_attached => Err(failure),
-            Err(failure) => Err(self.undo(steps, &record, failure).await),
+            Err(failure) if in_use => Err(failure),
+            Err(failure) => Err(self.undo(steps, id, attachment, failure).await),
+        }
+    }
+
+    /// A target that open-iscsi knows before we ever used it is somebody else's, whatever its name (rule 6).
+    fn check_nobody_elses(&self, attachment: &Attachment) -> Result<(), Failure> {
+        let target = &attachment.connection.iscsi.target_iqn;
+        let folder = self.nodes.join(target.as_str());
+        match folder.try_exists() {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(Failure::new(
+                Reason::NotOurs,
+                format!("open-iscsi has a node record for {target} that this agent did not make"),
+            )
+            .at("validate")
+            .next(format!("if nobody uses it: iscsiadm -m node -T {target} -o delete"))),
+            Err(error) => Err(unreadable(error).at("validate")),
         }
     }
 
     /// Connects and plugs in, as far as it is not done. True when something had to be done.
-    async fn converge(&self, steps: &Steps, record: &mut AttachmentRecord) -> Result<bool, Failure> {
-        let id = record.id;
-        let Some(mut attachment) = record.attachment.clone() else { return Ok(false) };
-        let (session, connected) = self.connect(steps, record, &mut attachment).await?;
+    async fn converge(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: &mut Attachment,
+        fresh: bool,
+    ) -> Result<(bool, Views), Failure> {
+        let (session, connected) = self.connect(steps, attachment, fresh).await?;
         let disk = self.find_disk(steps, &session).await?;
         let (wwn, size) = (attachment.connection.iscsi.wwn, attachment.connection.size);
+        let (sysfs, verified, name) = (self.sysfs.clone(), session, disk.clone());
         steps
-            .run("verify-device", async {
-                device::verify(&self.sysfs, &session, &disk, wwn, size).map_err(wrong_device)
-            })
+            .run_blocking("verify-device", move || device::verify(&sysfs, &verified, &name, wwn, size))
             .await?;
         let path = device::stable_path(&self.by_id, wwn);
         steps
             .run("find-stable-path", async {
-                let found = self
-                    .events
-                    .subscribe()
-                    .wait_until(KERNEL_DEADLINE, || device::leads_to(&path, &disk).then_some(()))
-                    .await;
+                let leads = || device::leads_to(&path, &disk).then_some(());
+                let found = self.events.subscribe().wait_until(EVENT_DEADLINE, leads).await;
                 found.ok_or_else(|| {
                     Failure::new(
                         Reason::DeviceMissing,
@@ -108,48 +125,50 @@ impl Attachments {
                 })
             })
             .await?;
-        let plugged = self.plug(steps, id, record, &mut attachment, path.display().to_string()).await?;
-        Ok(connected || plugged)
+        let (plugged, views) = self.plug(steps, id, attachment, path.display().to_string()).await?;
+        Ok((connected || plugged, views))
     }
 
     /// A session to the target: the one that is there and ours, or a new one. True when it is new.
     async fn connect(
         &self,
         steps: &Steps,
-        record: &mut AttachmentRecord,
-        attachment: &mut Attachment,
+        attachment: &Attachment,
+        fresh: bool,
     ) -> Result<(Session, bool), Failure> {
         let iscsi = attachment.connection.iscsi.clone();
-        if attachment.portal.is_some()
-            && let Some(session) = self.sysfs.find_session(&iscsi.target_iqn)
-        {
-            return Ok((session, false));
+        let target = iscsi.target_iqn.clone();
+        if !fresh && let Some(session) = self.sysfs.find_session(&target).map_err(unreadable)? {
+            if session.logged_in().map_err(unreadable)? {
+                return Ok((session, false));
+            }
+            return Err(Failure::new(
+                Reason::PortalUnreachable,
+                format!("the session to {target} is lost, and open-iscsi is trying to get it back"),
+            )
+            .at("login"));
         }
         let portal = steps.run("probe-portals", iscsi::probe(&iscsi.portals)).await?;
-        // In memory only: the target's name is in the journal already, and finds the session again after a crash.
-        attachment.portal = Some(portal);
-        record.attachment = Some(attachment.clone());
-        let nodes = self.nodes.clone();
-        let connection = iscsi.clone();
+        let (nodes, connection) = (self.nodes.clone(), iscsi);
         steps
             .run_blocking("write-node-record", move || node_record::write(&nodes, &connection, portal))
             .await?;
         let mut events = self.events.subscribe();
         let session = steps
             .run("login", async {
-                match iscsi::login(&iscsi.target_iqn, portal).await {
-                    // After a crash it is ours: the target is for this attachment alone, and the journal knows it.
-                    Ok(()) | Err(IscsiError::SessionExists { .. }) => {}
-                    Err(error) => return Err(Failure::from(error)),
-                }
-                let found = match events.added("iscsi_session") {
-                    Some(paths) => self.sysfs.session_among(&iscsi.target_iqn, &paths),
+                iscsi::login(&target, portal).await?;
+                let seen = match events.added("iscsi_session") {
+                    Some(paths) => self.sysfs.session_among(&target, &paths).map_err(unreadable)?,
                     None => None,
                 };
-                found.or_else(|| self.sysfs.find_session(&iscsi.target_iqn)).ok_or_else(|| {
+                let found = match seen {
+                    Some(session) => Some(session),
+                    None => self.sysfs.find_session(&target).map_err(unreadable)?,
+                };
+                found.ok_or_else(|| {
                     Failure::new(
                         Reason::LoginFailed,
-                        format!("the login to {} succeeded, but sysfs has no session", iscsi.target_iqn),
+                        format!("the login to {target} succeeded, but sysfs has no session"),
                     )
                 })
             })
@@ -159,18 +178,19 @@ impl Attachments {
 
     /// The disk behind a session.
     async fn find_disk(&self, steps: &Steps, session: &Session) -> Result<String, Failure> {
-        if let Some(disk) = session.disk() {
+        if let Some(disk) = session.disk().map_err(unreadable)? {
             return Ok(disk);
         }
         let mut events = self.events.subscribe();
         let (sysfs, scanned) = (self.sysfs.clone(), session.clone());
-        let scan = steps.run_blocking("scan", move || device::scan(&sysfs, &scanned));
-        let missing =
-            || Failure::new(Reason::DeviceMissing, format!("LUN 0 of {} did not appear", session.name));
-        timeout(KERNEL_DEADLINE, scan).await.map_err(|_| missing().at("scan"))??;
+        steps.run_blocking("scan", move || device::scan(&sysfs, &scanned)).await?;
         steps
             .run("wait-device", async {
-                events.wait_until(KERNEL_DEADLINE, || session.disk()).await.ok_or_else(missing)
+                // Not to be able to look is no reason to stop waiting: the deadline is.
+                let found = events.wait_until(EVENT_DEADLINE, || session.disk().ok().flatten()).await;
+                found.ok_or_else(|| {
+                    Failure::new(Reason::DeviceMissing, format!("LUN 0 of {} did not appear", session.name))
+                })
             })
             .await
     }
@@ -180,15 +200,14 @@ impl Attachments {
         &self,
         steps: &Steps,
         id: AttachmentId,
-        record: &mut AttachmentRecord,
         attachment: &mut Attachment,
         device_path: String,
-    ) -> Result<bool, Failure> {
+    ) -> Result<(bool, Views), Failure> {
         let uuid = attachment.domain_uuid;
         let turn = steps.run("wait-turn", async { Ok::<_, Failure>(self.libvirt.turn(uuid).await?) }).await?;
         let state =
             steps.run("read-domain", async { Ok::<_, Failure>(self.libvirt.get(uuid).await?) }).await?;
-        check_domain(id, attachment, &state).map_err(|failure| failure.at("plan-disk"))?;
+        check_domain(id, attachment, &state)?;
         let views = Views::of(&state)?;
         let affect = Affect {
             live: views.live.is_some() && !views.in_live(id),
@@ -198,86 +217,108 @@ impl Attachments {
         };
         if !affect.live && !affect.persistent {
             drop(turn);
-            self.read_back(steps, id, attachment, &views).await?;
-            return Ok(false);
+            steps.run("verify-domain", async { self.verify_domain(id, attachment, &views) }).await?;
+            return Ok((false, views));
         }
         let plan =
             plan(id, attachment, &views, device_path, affect).map_err(|failure| failure.at("plan-disk"))?;
         let element = disk_element(&plan).map_err(|error| Failure::from(error).at("plan-disk"))?;
         attachment.plan = Some(plan);
-        record.attachment = Some(attachment.clone());
-        steps
-            .run("hot-plug", async { Ok::<_, Failure>(self.libvirt.attach(uuid, element, affect).await?) })
+        let turn = steps
+            .run("hot-plug", async {
+                self.libvirt.attach(uuid, element, affect, turn).await.map_err(|error| match error {
+                    LibvirtError::Deadline { .. } => unknown(&error),
+                    other => Failure::from(other),
+                })
+            })
             .await?;
         let state = steps.run("read-back", async { Ok::<_, Failure>(self.libvirt.get(uuid).await?) }).await?;
         drop(turn);
-        self.read_back(steps, id, attachment, &Views::of(&state)?).await?;
-        Ok(true)
+        let views = Views::of(&state)?;
+        steps.run("verify-domain", async { self.verify_domain(id, attachment, &views) }).await?;
+        Ok((true, views))
     }
 
     /// Is the disk in the XML as it was asked for (rules 1 and 7)?
-    async fn read_back(
-        &self,
-        steps: &Steps,
-        id: AttachmentId,
-        attachment: &Attachment,
-        views: &Views,
-    ) -> Result<(), Failure> {
+    fn verify_domain(&self, id: AttachmentId, attachment: &Attachment, views: &Views) -> Result<(), Failure> {
         let alias = alias_of(id);
-        let wanted_path = device::stable_path(&self.by_id, attachment.connection.iscsi.wwn);
-        let wanted_path = wanted_path.display().to_string();
-        let wanted_serial = attachment.serial();
-        steps
-            .run("verify-domain", async {
-                let faces = [
-                    ("running domain", views.live.as_ref(), true),
-                    ("definition", views.persistent.as_ref(), !attachment.options.live_only),
-                ];
-                for (face, view, wanted) in faces {
-                    let Some(view) = view.filter(|_| wanted) else { continue };
-                    let Some(disk) = view.disk_by_alias(&alias) else {
-                        return Err(Failure::new(
-                            Reason::HypervisorRefused,
-                            format!("libvirt said yes, but the {face} has no disk {alias}"),
-                        ));
-                    };
-                    let source = disk.source.as_deref().unwrap_or("nothing");
-                    let serial = disk.serial.as_deref().unwrap_or("none");
-                    if source != wanted_path || serial != wanted_serial.as_str() {
-                        return Err(Failure::new(
-                            Reason::WrongDevice,
-                            format!("disk {alias} of the {face} is {source} with serial {serial}, and not {wanted_path} with serial {wanted_serial}"),
-                        ));
-                    }
-                }
-                Ok(())
-            })
-            .await
+        let path = device::stable_path(&self.by_id, attachment.connection.iscsi.wwn).display().to_string();
+        let options = &attachment.options;
+        let read_only = options.read_only || attachment.connection.access_mode == AccessMode::ReadOnly;
+        let (serial, cache) = (attachment.serial(), options.cache.as_str());
+        let faces = [
+            ("running domain", views.live.as_ref(), true),
+            ("definition", views.persistent.as_ref(), !options.live_only),
+        ];
+        for (face, view, wanted) in faces {
+            let Some(view) = view.filter(|_| wanted) else { continue };
+            let Some(disk) = view.disk_by_alias(&alias) else {
+                return Err(Failure::new(
+                    Reason::HypervisorRefused,
+                    format!("libvirt said yes, but the {face} has no disk {alias}"),
+                ));
+            };
+            let found =
+                (disk.source.as_deref(), disk.serial.as_deref(), disk.cache.as_deref(), disk.read_only);
+            let asked = (Some(path.as_str()), Some(serial.as_str()), Some(cache), read_only);
+            if found != asked || disk.format.as_deref() != Some("raw") || disk.bus != options.bus.as_str() {
+                return Err(Failure::new(
+                    Reason::WrongDevice,
+                    format!("disk {alias} of the {face} is {found:?} on {} and not {asked:?}", disk.bus),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Takes back all that an attach did, and says beside the cause what could not be taken back (rule 8).
-    async fn undo(&self, steps: &Steps, record: &AttachmentRecord, mut failure: Failure) -> Failure {
-        if let Err(error) = self.take_away(steps, record, self.guest_deadline).await {
+    async fn undo(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: Attachment,
+        mut failure: Failure,
+    ) -> Failure {
+        if failure.reason == Reason::OutcomeUnknown {
+            // What may still be coming must find its storage, and its record.
+            failure.undo.push("nothing was undone: the call may still succeed".to_owned());
+            return failure;
+        }
+        if let Err(error) = self.take_away(steps, id, &attachment, self.guest_deadline).await {
             let step = error.step.unwrap_or("undo");
             failure.undo.push(format!("{step}: {error}"));
             return failure;
         }
-        let (journal, key) = (self.journal.clone(), record.id.to_string());
+        let (journal, key) = (self.journal.clone(), id.to_string());
         if let Err(error) = steps.run_blocking("undo-write-journal", move || journal.remove(&key)).await {
             failure.undo.push(error.to_string());
+            return failure;
         }
+        self.release(id);
         failure
     }
 }
 
+/// Nobody knows whether it was done, or will be.
+fn unknown(error: &dyn std::error::Error) -> Failure {
+    Failure::from_error(Reason::OutcomeUnknown, error)
+}
+
 /// What can be known of the domain before anything is touched.
 fn check_domain(id: AttachmentId, attachment: &Attachment, state: &DomainState) -> Result<(), Failure> {
+    let refuse = |reason, message| Err(Failure::new(reason, message).at("validate"));
+    if attachment.domain_uuid != state.uuid {
+        let (name, now, then) = (&state.name, state.uuid, attachment.domain_uuid);
+        return refuse(
+            Reason::DifferentParameters,
+            format!("domain {name} is another one now ({now}) than when attachment {id} began ({then})"),
+        );
+    }
     if attachment.options.live_only && state.live.is_none() {
-        return Err(Failure::new(
+        return refuse(
             Reason::DomainNotRunning,
             format!("domain {} is shut off, and the disk is to be live only", state.name),
-        )
-        .at("validate"));
+        );
     }
     let views = Views::of(state).map_err(|failure| failure.at("validate"))?;
     if views.in_live(id) || views.in_persistent(id) {
@@ -289,7 +330,8 @@ fn check_domain(id: AttachmentId, attachment: &Attachment, state: &DomainState) 
         .map_err(|error| no_place(&error).at("validate"))
 }
 
-/// Where the disk goes, and all that its element says. A disk that is in one face already keeps its place in the other.
+/// Where the disk goes, and all that its element says. A disk that is in one face already has the same place in the
+/// other.
 fn plan(
     id: AttachmentId,
     attachment: &Attachment,
@@ -297,70 +339,45 @@ fn plan(
     device_path: String,
     affect: Affect,
 ) -> Result<DiskPlan, Failure> {
-    if let Some(plan) = &attachment.plan
-        && !(affect.live && affect.persistent)
-    {
-        return Ok(plan.clone());
-    }
-    let live = views.live.as_ref().filter(|_| affect.live);
-    let persistent = views.persistent.as_ref().filter(|_| affect.persistent);
-    let (target_device, address) =
-        choose_place(&attachment.options, live, persistent).map_err(|error| no_place(&error))?;
+    let alias = alias_of(id);
+    let there =
+        [&views.live, &views.persistent].into_iter().flatten().find_map(|view| view.disk_by_alias(&alias));
+    let place = match there {
+        Some(disk) => disk.target_device.parse().ok().zip(disk.address),
+        None => None,
+    };
+    let (target_device, address) = match place {
+        Some(place) => place,
+        None => {
+            let live = views.live.as_ref().filter(|_| affect.live);
+            let persistent = views.persistent.as_ref().filter(|_| affect.persistent);
+            choose_place(&attachment.options, live, persistent).map_err(|error| no_place(&error))?
+        }
+    };
     Ok(DiskPlan {
         attachment: id,
         options: attachment.options.clone(),
         device_path,
         serial: attachment.serial(),
-        read_only: attachment.connection.access_mode == tether_proto::AccessMode::ReadOnly,
+        read_only: attachment.connection.access_mode == AccessMode::ReadOnly,
         target_device,
         address,
     })
 }
 
-fn new_record(
-    id: AttachmentId,
+fn new_attachment(
     requested_domain: DomainName,
     state: &DomainState,
     connection: ConnectionInfo,
     options: DiskOptions,
-) -> AttachmentRecord {
-    let attachment = Attachment {
+) -> Attachment {
+    Attachment {
         requested_domain,
         domain_uuid: state.uuid,
         domain_name: state.name.clone(),
         connection,
         options,
-        portal: None,
         plan: None,
-    };
-    AttachmentRecord { id, phase: Phase::Attaching, attachment: Some(attachment) }
-}
-
-/// May this call go on with what is recorded under its id?
-fn check_retry(
-    record: &AttachmentRecord,
-    domain: &DomainName,
-    connection: &ConnectionInfo,
-    options: &DiskOptions,
-) -> Result<(), Failure> {
-    let ended = || {
-        Failure::new(
-            Reason::AttachmentEnded,
-            format!("attachment {} was detached; its id is spent", record.id),
-        )
-    };
-    match (record.phase, &record.attachment) {
-        (Phase::Ended, _) | (_, None) => Err(ended()),
-        (Phase::Detaching, _) => Err(ended().next("finish with Detach, then attach under a new id")),
-        (Phase::Attaching | Phase::Attached, Some(attachment)) => {
-            match attachment.difference(domain, connection, options) {
-                None => Ok(()),
-                Some(difference) => Err(Failure::new(
-                    Reason::DifferentParameters,
-                    format!("attachment {} has other parameters: {difference}", record.id),
-                )),
-            }
-        }
     }
 }
 
@@ -373,46 +390,4 @@ fn no_place(error: &PlaceError) -> Failure {
         | PlaceError::NoScsiController { .. } => Reason::DomainUnsuitable,
     };
     Failure::from_error(reason, error)
-}
-
-/// What is wrong with the device: another volume, or a disk that cannot be used.
-pub(crate) fn wrong_device(error: DeviceError) -> Failure {
-    match &error {
-        DeviceError::Wwn { .. } | DeviceError::Size { .. } => {
-            Failure::from_error(Reason::WrongDevice, &error)
-        }
-        DeviceError::Io { .. } => Failure::from_error(Reason::DeviceMissing, &error),
-    }
-}
-
-impl From<DeviceError> for Failure {
-    fn from(error: DeviceError) -> Self {
-        wrong_device(error)
-    }
-}
-
-impl From<NodeRecordError> for Failure {
-    fn from(error: NodeRecordError) -> Self {
-        Failure::from_error(Reason::InitiatorFailed, &error)
-    }
-}
-
-impl From<IscsiError> for Failure {
-    fn from(error: IscsiError) -> Self {
-        let with_command = |reason, source: &tether_agent_core::command::CommandError| {
-            let mut failure = Failure::from_error(reason, &error);
-            failure.command = Some(source.command().to_owned());
-            failure.exit = source.exit_code();
-            failure
-        };
-        match &error {
-            IscsiError::Unreachable { .. } => Failure::from_error(Reason::PortalUnreachable, &error),
-            IscsiError::Rejected { .. } => Failure::from_error(Reason::ChapRejected, &error),
-            IscsiError::SessionExists { .. } => Failure::from_error(Reason::NotOurs, &error),
-            IscsiError::Login { source, .. } => with_command(Reason::LoginFailed, source),
-            IscsiError::Logout { source, .. } | IscsiError::Command(source) => {
-                with_command(Reason::InitiatorFailed, source)
-            }
-        }
-    }
 }

@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
@@ -42,7 +42,8 @@ pub(crate) struct Attachments {
     pub(crate) nodes: PathBuf,
     pub(crate) by_id: PathBuf,
     pub(crate) guest_deadline: Duration,
-    iscsi_version: OnceCell<Option<String>>,
+    claims: Mutex<HashMap<String, AttachmentId>>,
+    iscsi_version: OnceCell<String>,
 }
 
 /// The two faces of a domain, parsed.
@@ -70,6 +71,13 @@ impl Views {
         self.live.as_ref().is_some_and(|view| view.disk_by_alias(&alias_of(id)).is_some())
     }
 
+    /// Does any disk of the domain lead to the device, under whatever alias?
+    pub(crate) fn uses(&self, device_path: &str) -> bool {
+        let uses =
+            |view: &DomainView| view.disks.iter().any(|disk| disk.source.as_deref() == Some(device_path));
+        self.live.as_ref().is_some_and(uses) || self.persistent.as_ref().is_some_and(uses)
+    }
+
     /// Is it in the definition?
     pub(crate) fn in_persistent(&self, id: AttachmentId) -> bool {
         self.persistent.as_ref().is_some_and(|view| view.disk_by_alias(&alias_of(id)).is_some())
@@ -85,8 +93,15 @@ impl Attachments {
         let events = KernelEvents::open().map_err(|error| {
             Failure::new(Reason::Internal, format!("the kernel's events cannot be read: {error}"))
         })?;
+        let journal = Journal::<AttachmentRecord>::open(&config.state_directory.join("attachments"))?;
+        let mut claims = HashMap::new();
+        for record in journal.list() {
+            for claim in record.attachment.iter().flat_map(Attachment::claims) {
+                claims.insert(claim, record.id);
+            }
+        }
         Ok(Self {
-            journal: Arc::new(Journal::open(&config.state_directory.join("attachments"))?),
+            journal: Arc::new(journal),
             operations: Operations::default(),
             libvirt: Libvirt::new(&config.libvirt_uri)?,
             events,
@@ -94,6 +109,7 @@ impl Attachments {
             nodes: node_record::NODE_DIRECTORY.into(),
             by_id: device::BY_ID.into(),
             guest_deadline: Duration::from_millis(config.guest_deadline_milliseconds),
+            claims: Mutex::new(claims),
             iscsi_version: OnceCell::new(),
         })
     }
@@ -105,8 +121,9 @@ impl Attachments {
 
     /// What this host tells about itself.
     pub(crate) async fn connector(&self) -> Result<Connector, Failure> {
-        let iscsi_version = self.iscsi_version.get_or_init(iscsi::version).await;
-        connector::read(iscsi_version.clone(), self.libvirt.versions().await)
+        let version = async || iscsi::version().await.ok_or(());
+        let iscsi_version = self.iscsi_version.get_or_try_init(version).await.ok();
+        connector::read(iscsi_version.cloned(), self.libvirt.versions().await)
     }
 
     /// Plugs an export into a domain.
@@ -122,9 +139,8 @@ impl Attachments {
         let this = self.clone();
         self.operations
             .run(&id.to_string(), "attach", request, move |steps| async move {
-                let outcome = this.do_attach(&steps, id, domain, connection, options).await?;
-                let report = steps.report(outcome);
-                Ok((this.get(id).await?, report))
+                let (outcome, status) = this.do_attach(&steps, id, domain, connection, options).await?;
+                Ok((status, steps.report(outcome)))
             })
             .await
     }
@@ -145,17 +161,21 @@ impl Attachments {
             .await
     }
 
-    /// One attachment that has not ended.
+    /// One attachment; of one that has ended there is only the phase.
     pub(crate) async fn get(&self, id: AttachmentId) -> Result<wire::AttachmentStatus, Failure> {
-        let record = self.journal.get(&id.to_string());
-        let Some((phase, attachment)) = record.and_then(live_record) else {
+        let Some(record) = self.journal.get(&id.to_string()) else {
             return Err(Failure::new(
                 Reason::AttachmentNotFound,
                 format!("attachment {id} is not on this host"),
-            ));
+            )
+            .at("find-attachment"));
         };
-        let views = self.views_of(&attachment).await?;
-        Ok(self.status(id, phase, &attachment, &views))
+        let Some(attachment) = &record.attachment else {
+            let phase = record.phase.as_str().to_owned();
+            return Ok(wire::AttachmentStatus { attachment_id: id.to_string(), phase, ..Default::default() });
+        };
+        let views = self.views_of(attachment).await?;
+        self.status(id, record.phase, attachment, &views)
     }
 
     /// All attachments that have not ended, by id. Each domain is read once.
@@ -163,13 +183,12 @@ impl Attachments {
         let mut domains: HashMap<uuid::Uuid, Views> = HashMap::new();
         let mut statuses = Vec::new();
         for record in self.journal.list() {
-            let id = record.id;
-            let Some((phase, attachment)) = live_record(record) else { continue };
+            let Some(attachment) = &record.attachment else { continue };
             let views = match domains.entry(attachment.domain_uuid) {
                 Entry::Occupied(entry) => entry.into_mut(),
-                Entry::Vacant(entry) => entry.insert(self.views_of(&attachment).await?),
+                Entry::Vacant(entry) => entry.insert(self.views_of(attachment).await?),
             };
-            statuses.push(self.status(id, phase, &attachment, views));
+            statuses.push(self.status(record.id, record.phase, attachment, views)?);
         }
         Ok(statuses)
     }
@@ -196,17 +215,47 @@ impl Attachments {
         steps.run_blocking(step, move || journal.put(&record.id.to_string(), &record)).await
     }
 
-    fn status(
+    /// Takes the target and the volume for one attachment: two on one host would share a session, or have two devices
+    /// with one WWN.
+    pub(crate) fn claim(&self, id: AttachmentId, attachment: &Attachment) -> Result<(), Failure> {
+        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = attachment.claims();
+        if let Some((what, other)) =
+            wanted.iter().find_map(|claim| Some((claim, *claims.get(claim).filter(|other| **other != id)?)))
+        {
+            return Err(Failure::new(
+                Reason::TargetAttached,
+                format!("{what} is attached on this host already, by attachment {other}"),
+            )
+            .at("validate"));
+        }
+        claims.extend(wanted.into_iter().map(|claim| (claim, id)));
+        Ok(())
+    }
+
+    /// Gives back what an attachment had.
+    pub(crate) fn release(&self, id: AttachmentId) {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, holder| *holder != id);
+    }
+
+    /// What is recorded, and what kernel and libvirt say of it.
+    pub(crate) fn status(
         &self,
         id: AttachmentId,
         phase: Phase,
         attachment: &Attachment,
         views: &Views,
-    ) -> wire::AttachmentStatus {
+    ) -> Result<wire::AttachmentStatus, Failure> {
         let connection = &attachment.connection;
-        let session = self.sysfs.find_session(&connection.iscsi.target_iqn);
+        let session = self.sysfs.find_session(&connection.iscsi.target_iqn).map_err(unreadable)?;
+        let (portal, connected) = match &session {
+            Some(session) => {
+                (session.portal().map_err(unreadable)?, session.logged_in().map_err(unreadable)?)
+            }
+            None => (None, false),
+        };
         let plan = attachment.plan.as_ref();
-        wire::AttachmentStatus {
+        Ok(wire::AttachmentStatus {
             attachment_id: id.to_string(),
             domain: attachment.domain_name.clone(),
             domain_uuid: attachment.domain_uuid.to_string(),
@@ -217,15 +266,16 @@ impl Attachments {
             serial: attachment.serial().to_string(),
             size_bytes: connection.size.bytes(),
             target_iqn: connection.iscsi.target_iqn.to_string(),
-            portal: attachment.portal.map(|portal| portal.to_string()).unwrap_or_default(),
-            connected: session.is_some_and(|session| session.logged_in()),
+            portal: portal.map(|portal| portal.to_string()).unwrap_or_default(),
+            connected,
             in_live_domain: views.in_live(id),
             in_persistent_definition: views.in_persistent(id),
-        }
+        })
     }
 }
 
-fn live_record(record: AttachmentRecord) -> Option<(Phase, Attachment)> {
-    let attachment = record.attachment.filter(|_| record.phase != Phase::Ended)?;
-    Some((record.phase, attachment))
+/// sysfs does not say what is there.
+pub(crate) fn unreadable(error: std::io::Error) -> Failure {
+    Failure::new(Reason::InitiatorFailed, format!("sysfs cannot be read: {error}"))
+        .next("see the agent's limits and the kernel's log on the compute host: journalctl -k")
 }

@@ -22,11 +22,12 @@ fn main() -> ExitCode {
     daemon::main(
         "tether-compute-agent",
         "/etc/tether/compute-agent.toml",
-        |config: config::Config, _shutdown| async {
+        |config: config::Config, shutdown| async {
             let attachments = Arc::new(attachments::Attachments::open(&config)?);
-            let service = service::Service::new(attachments);
+            let operations = vec![attachments.operations().clone()];
+            let service = service::Service::new(attachments, shutdown);
             let routes = services::with_health_and_reflection(ComputeAgentServer::new(service)).await?;
-            Ok((config, routes))
+            Ok(daemon::Agent { config, routes, operations })
         },
     )
 }

@@ -1,7 +1,9 @@
-//! What the journal holds of an attachment.
+//! What the journal holds of an attachment, and whether a later call may go on with it. Not here: what is done with it
+//! (`attach`, `detach`).
 
 use serde::{Deserialize, Serialize};
-use tether_proto::{AttachmentId, ConnectionInfo, DiskOptions, DomainName, Portal, Serial};
+use tether_agent_core::failure::{Failure, Reason};
+use tether_proto::{AttachmentId, ConnectionInfo, DiskOptions, DomainName, Serial};
 use uuid::Uuid;
 
 use crate::hypervisor::domain_xml::DiskPlan;
@@ -56,13 +58,54 @@ pub(crate) struct Attachment {
     pub(crate) connection: ConnectionInfo,
     /// What the caller asked for.
     pub(crate) options: DiskOptions,
-    /// The portal of the session; known before the login.
-    pub(crate) portal: Option<Portal>,
     /// The disk in the domain; known before it is plugged in.
     pub(crate) plan: Option<DiskPlan>,
 }
 
+impl AttachmentRecord {
+    /// What is left when an attachment has ended: the id, which is spent.
+    pub(crate) fn ended(id: AttachmentId) -> Self {
+        Self { id, phase: Phase::Ended, attachment: None }
+    }
+
+    /// May this call go on with what is recorded under its id?
+    pub(crate) fn check_retry(
+        &self,
+        domain: &DomainName,
+        connection: &ConnectionInfo,
+        options: &DiskOptions,
+    ) -> Result<(), Failure> {
+        let ended = || {
+            Failure::new(
+                Reason::AttachmentEnded,
+                format!("attachment {} was detached; its id is spent", self.id),
+            )
+            .at("validate")
+        };
+        match (self.phase, &self.attachment) {
+            (Phase::Ended, _) | (_, None) => Err(ended()),
+            (Phase::Detaching, _) => Err(ended().next("finish with Detach, then attach under a new id")),
+            (Phase::Attaching | Phase::Attached, Some(attachment)) => {
+                match attachment.difference(domain, connection, options) {
+                    None => Ok(()),
+                    Some(difference) => Err(Failure::new(
+                        Reason::DifferentParameters,
+                        format!("attachment {} has other parameters: {difference}", self.id),
+                    )
+                    .at("validate")),
+                }
+            }
+        }
+    }
+}
+
 impl Attachment {
+    /// What no two attachments of a host may share: the target, and the volume.
+    pub(crate) fn claims(&self) -> [String; 2] {
+        let iscsi = &self.connection.iscsi;
+        [format!("target {}", iscsi.target_iqn), format!("volume naa.{}", iscsi.wwn)]
+    }
+
     /// The serial that the guest sees.
     pub(crate) fn serial(&self) -> Serial {
         self.options.serial.clone().unwrap_or_else(|| self.connection.serial.clone())

@@ -7,6 +7,7 @@ use tether_agent_core::failure::Failure;
 use tether_agent_core::services::{StepStream, step_stream};
 use tether_proto::wire::compute_agent_server::ComputeAgent;
 use tether_proto::{AttachmentId, ConnectionInfo, DiskOptions, ParseError, wire};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::attachments::Attachments;
@@ -17,12 +18,13 @@ const LONGEST_GUEST_DEADLINE: u64 = 3_600_000;
 /// The gRPC service.
 pub(crate) struct Service {
     attachments: Arc<Attachments>,
+    shutdown: CancellationToken,
 }
 
 impl Service {
     /// The service in front of the engine.
-    pub(crate) fn new(attachments: Arc<Attachments>) -> Self {
-        Self { attachments }
+    pub(crate) fn new(attachments: Arc<Attachments>, shutdown: CancellationToken) -> Self {
+        Self { attachments, shutdown }
     }
 }
 
@@ -109,6 +111,6 @@ impl ComputeAgent for Service {
             }
             None => return Err(Failure::from(ParseError::missing("key")).into()),
         };
-        Ok(Response::new(step_stream(self.attachments.operations().clone(), key)))
+        Ok(Response::new(step_stream(self.attachments.operations().clone(), key, self.shutdown.clone())))
     }
 }

@@ -13,18 +13,16 @@ use std::sync::Arc;
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::journal::Journal;
-use tether_agent_core::operations::{Operations, Steps};
+use tether_agent_core::operations::{KERNEL_DEADLINE, Operations, Steps, blocking};
 use tether_proto::wire::{OperationReport, Outcome};
-use tether_proto::{
-    AccessMode, AttachmentId, ConnectionInfo, Connector, Iqn, IscsiConnection, Secret, VolumeKey,
-};
+use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, Connector, Iqn, VolumeKey};
 
 use crate::claims::{Claim, Claims};
 use crate::config::{Config, Iscsi};
 use crate::identity::VolumeIdentity;
-use crate::lvm::Lvm;
+use crate::lvm::{self, Lvm};
 use crate::record::{Export, ExportRecord, Phase};
-use crate::target::lio::{self, Lio, PORTAL_GROUP_TAG, Target};
+use crate::target::lio::{self, Lio, Target};
 use crate::volume;
 
 /// All exports of this agent.
@@ -41,7 +39,7 @@ pub(crate) struct Exports {
 pub(crate) struct ExportView {
     pub(crate) id: AttachmentId,
     pub(crate) phase: Phase,
-    pub(crate) export: Export,
+    pub(crate) export: Option<Export>,
     pub(crate) enabled: bool,
     pub(crate) connected: bool,
 }
@@ -57,7 +55,7 @@ impl Exports {
         let claims = Claims::default();
         for record in journal.list() {
             if let Some(export) = record.export.filter(|_| record.phase != Phase::Ended) {
-                claims.claim(&export.volume, Claim::Export(record.id))?;
+                claims.claim(export.place(), Claim::Export(record.id))?;
             }
         }
         let lio = Lio::at(lio::ROOT);
@@ -92,7 +90,8 @@ impl Exports {
         connector: Connector,
         access_mode: AccessMode,
     ) -> Result<(ConnectionInfo, OperationReport), Failure> {
-        let request = format!("{volume} {connector:?} {access_mode:?}");
+        // What tells exports apart; a connector's versions and addresses may change between a call and its retry.
+        let request = format!("{volume} {} {} {access_mode:?}", connector.hostname, connector.initiator_iqn);
         let this = self.clone();
         self.operations
             .run(&id.to_string(), "export", request, move |steps| async move {
@@ -111,28 +110,36 @@ impl Exports {
             .await
     }
 
-    /// One export that has not ended.
-    pub(crate) fn get(&self, id: AttachmentId) -> Result<ExportView, Failure> {
-        self.journal.get(&id.to_string()).and_then(|record| self.view(record)).ok_or_else(|| {
-            Failure::new(Reason::ExportNotFound, format!("attachment {id} is not exported here"))
-        })
+    /// One export; of one that has ended there is only the phase.
+    pub(crate) async fn get(&self, id: AttachmentId) -> Result<ExportView, Failure> {
+        match self.journal.get(&id.to_string()) {
+            Some(record) => self.view(record).await,
+            None => {
+                Err(Failure::new(Reason::ExportNotFound, format!("attachment {id} is not exported here"))
+                    .at("find-export"))
+            }
+        }
     }
 
     /// All exports that have not ended, by attachment id.
-    pub(crate) fn list(&self) -> Vec<ExportView> {
-        self.journal.list().into_iter().filter_map(|record| self.view(record)).collect()
+    pub(crate) async fn list(&self) -> Result<Vec<ExportView>, Failure> {
+        let mut views = Vec::new();
+        for record in self.journal.list().into_iter().filter(|record| record.phase != Phase::Ended) {
+            views.push(self.view(record).await?);
+        }
+        Ok(views)
     }
 
-    fn view(&self, record: ExportRecord) -> Option<ExportView> {
-        let export = record.export.filter(|_| record.phase != Phase::Ended)?;
-        let iqn = &export.connection.iscsi.target_iqn;
-        Some(ExportView {
-            id: record.id,
-            phase: record.phase,
-            enabled: self.lio.enabled(iqn),
-            connected: self.lio.connected(iqn, &export.connector.initiator_iqn),
-            export,
-        })
+    async fn view(&self, record: ExportRecord) -> Result<ExportView, Failure> {
+        let ExportRecord { id, phase, export } = record;
+        let Some(export) = export else {
+            return Ok(ExportView { id, phase, export: None, enabled: false, connected: false });
+        };
+        let (lio, iqn) = (self.lio.clone(), export.connection.iscsi.target_iqn.clone());
+        let initiator = export.connector.initiator_iqn.clone();
+        let look = move || Ok::<_, Failure>((lio.enabled(&iqn), lio.connected(&iqn, &initiator)));
+        let (enabled, connected) = blocking(KERNEL_DEADLINE, look).await?;
+        Ok(ExportView { id, phase, export: Some(export), enabled, connected })
     }
 
     async fn do_export(
@@ -144,71 +151,105 @@ impl Exports {
         access_mode: AccessMode,
     ) -> Result<(ConnectionInfo, OperationReport), Failure> {
         let pool = volume::pool(&self.pools, &volume.pool)?.clone();
+        lvm::check_name(&volume.volume).map_err(|failure| failure.at("validate"))?;
         let recorded = self.journal.get(&id.to_string());
-        let fresh = recorded.is_none();
         if let Some(record) = &recorded {
-            check_retry(record, &volume, &connector, access_mode)?;
+            record.check_retry(&volume, &connector, access_mode)?;
+        } else if let Some(file) = self.journal.damaged().first() {
+            // It may have held the export that has this very volume (rule 2).
+            return Err(Failure::new(
+                Reason::JournalFailed,
+                format!(
+                    "the journal has a damaged file, {}: no new exports until it is seen to",
+                    file.display()
+                ),
+            )
+            .at("validate")
+            .next(
+                "repair it or, when its export is gone from targetcli ls, delete it; then restart the agent",
+            ));
         }
-        let claim = Claim::Export(id);
-        self.claims.claim(&volume, claim)?;
+        let (place, claim) = (pool.place(volume.volume.as_str()), Claim::Export(id));
+        self.claims.claim(&place, claim).map_err(|failure| failure.at("validate"))?;
         let outcome = async {
-            let identity = steps.run("find-volume", find_volume(&pool, &volume)).await?;
-            let record = match recorded {
-                Some(record) => check_identity(record, &identity)?,
-                None => self.new_record(id, &pool, &volume, &identity, connector, access_mode)?,
-            };
-            self.put_in_place(steps, record, fresh).await
+            let identity = steps.run("find-volume", find_volume(pool.clone(), volume.clone())).await?;
+            let device = pool.device(volume.volume.as_str()).display().to_string();
+            match recorded {
+                Some(record) => self.put_in_place(steps, record, &identity, false).await,
+                None => {
+                    let record = ExportRecord::new(
+                        id,
+                        &self.iscsi,
+                        device,
+                        &volume,
+                        &identity,
+                        connector,
+                        access_mode,
+                    )?;
+                    self.put_in_place(steps, record, &identity, true).await
+                }
+            }
         }
         .await;
         if outcome.is_err() && self.journal.get(&id.to_string()).is_none() {
-            self.claims.release(&volume, claim);
+            self.claims.release(&place, claim);
         }
         outcome
     }
 
-    /// From the record to the kernel, with undo when this is the first time.
+    /// From the record to the kernel. A failure is undone, unless the export was whole before: then it may be in use,
+    /// and is left for the next repair.
     async fn put_in_place(
         &self,
         steps: &Steps,
         mut record: ExportRecord,
+        identity: &VolumeIdentity,
         fresh: bool,
     ) -> Result<(ConnectionInfo, OperationReport), Failure> {
         let was_exported = record.phase == Phase::Exported;
-        let Some(export) = record.export.clone() else {
-            return Err(Failure::new(Reason::Internal, format!("the record of {} is empty", record.id)));
+        let id = record.id;
+        let Some(export) = record.export.as_mut() else {
+            return Err(Failure::new(Reason::Internal, format!("the record of {id} is empty")));
         };
-        let target = target_of(record.id, &export);
-        if !self.lio.exists(&target.iqn) || fresh {
-            self.lio.make_ready().await.map_err(|failure| failure.at("make-ready"))?;
-        }
-        if fresh {
+        export.check_identity(id, identity)?;
+        export.connection.size = identity.size;
+        let export = export.clone();
+        let iqn = export.connection.iscsi.target_iqn.clone();
+        let lio = self.lio.clone();
+        let there = steps.run("make-ready", async move { lio.make_ready().await?.exists(iqn).await }).await?;
+        if fresh && there {
             // Nobody else makes targets of this name: the prefix is ours and the id was never used.
-            if self.lio.exists(&target.iqn) {
-                return Err(Failure::new(
-                    Reason::NotOurs,
-                    format!("target {} is there, but it is not in the journal", target.iqn),
-                )
-                .next(format!("if nobody uses it: targetcli /iscsi delete {}", target.iqn)));
-            }
-            self.write(steps, "write-journal", &record).await?;
+            let iqn = &export.connection.iscsi.target_iqn;
+            return Err(Failure::new(
+                Reason::NotOurs,
+                format!("target {iqn} is there, but it is not in the journal"),
+            )
+            .next(format!("if nobody uses it: targetcli /iscsi delete {iqn}")));
         }
-        match self.converge(steps, &target).await {
+        let made = async {
+            if fresh {
+                self.write(steps, "write-journal", &record).await?;
+            }
+            let changed = self.converge(steps, &export.target(id)).await?;
+            if !was_exported {
+                record.phase = Phase::Exported;
+                self.write(steps, "close-journal", &record).await?;
+            }
+            Ok(changed)
+        }
+        .await;
+        match made {
             Ok(changed) => {
-                if !was_exported {
-                    record.phase = Phase::Exported;
-                    self.write(steps, "close-journal", &record).await?;
-                }
                 let outcome = match (fresh, changed) {
                     (true, _) => Outcome::Created,
                     (false, true) => Outcome::Repaired,
                     (false, false) => Outcome::Unchanged,
                 };
-                tracing::info!(attachment = %record.id, volume = %export.volume, ?outcome, "exported");
+                tracing::info!(volume = %export.volume, ?outcome, "exported");
                 Ok((export.connection, steps.report(outcome)))
             }
-            // An export that was whole before may be in use: it is left for the next repair, not taken away.
             Err(failure) if was_exported => Err(failure),
-            Err(failure) => Err(self.undo(steps, &record, &export, failure).await),
+            Err(failure) => Err(self.undo(steps, id, &export, failure).await),
         }
     }
 
@@ -230,16 +271,10 @@ impl Exports {
         Ok(changed)
     }
 
-    async fn undo(
-        &self,
-        steps: &Steps,
-        record: &ExportRecord,
-        export: &Export,
-        mut failure: Failure,
-    ) -> Failure {
-        match self.take_away(steps, record.id, &export.connection.iscsi.target_iqn).await {
+    async fn undo(&self, steps: &Steps, id: AttachmentId, export: &Export, mut failure: Failure) -> Failure {
+        match self.take_away(steps, id, &export.connection.iscsi.target_iqn).await {
             Ok(_) => {
-                let (journal, key) = (self.journal.clone(), record.id.to_string());
+                let (journal, key) = (self.journal.clone(), id.to_string());
                 let forgotten = steps.run_blocking("undo-write-journal", move || journal.remove(&key)).await;
                 if let Err(error) = forgotten {
                     failure.undo.push(error.to_string());
@@ -271,7 +306,7 @@ impl Exports {
         let Some(ExportRecord { export: Some(export), phase, .. }) = record else {
             if record.is_none() {
                 // A late Export with this id must find it spent (rule 3).
-                let ended = ExportRecord { id, phase: Phase::Ended, export: None };
+                let ended = ExportRecord::ended(id);
                 self.write(steps, "write-journal", &ended).await?;
             }
             return Ok(steps.report(Outcome::Unchanged));
@@ -279,15 +314,14 @@ impl Exports {
         if phase == Phase::Ended {
             return Ok(steps.report(Outcome::Unchanged));
         }
-        let volume = export.volume.clone();
+        let (volume, place) = (export.volume.clone(), export.place().to_owned());
         let iqn = export.connection.iscsi.target_iqn.clone();
         let removing = ExportRecord { id, phase: Phase::Unexporting, export: Some(export) };
         self.write(steps, "write-journal", &removing).await?;
         self.take_away(steps, id, &iqn).await?;
-        let ended = ExportRecord { id, phase: Phase::Ended, export: None };
-        self.write(steps, "close-journal", &ended).await?;
-        self.claims.release(&volume, Claim::Export(id));
-        tracing::info!(attachment = %id, volume = %volume, "unexported");
+        self.write(steps, "close-journal", &ExportRecord::ended(id)).await?;
+        self.claims.release(&place, Claim::Export(id));
+        tracing::info!(volume = %volume, "unexported");
         Ok(steps.report(Outcome::Removed))
     }
 
@@ -295,130 +329,22 @@ impl Exports {
         let (journal, record) = (self.journal.clone(), record.clone());
         steps.run_blocking(step, move || journal.put(&record.id.to_string(), &record)).await
     }
-
-    fn new_record(
-        &self,
-        id: AttachmentId,
-        pool: &Lvm,
-        volume: &VolumeKey,
-        identity: &VolumeIdentity,
-        connector: Connector,
-        access_mode: AccessMode,
-    ) -> Result<ExportRecord, Failure> {
-        let target_iqn = format!("{}:{id}", self.iscsi.iqn_prefix).parse()?;
-        let connection = ConnectionInfo {
-            iscsi: IscsiConnection {
-                target_iqn,
-                portals: self.iscsi.portals.clone(),
-                target_portal_group_tag: PORTAL_GROUP_TAG,
-                chap_username: format!("tether-{id}"),
-                chap_secret: random_secret()?,
-                wwn: identity.wwn(),
-            },
-            size: identity.size,
-            access_mode,
-            serial: identity.serial(),
-        };
-        let device = pool.device(volume.volume.as_str()).display().to_string();
-        let unit_serial = identity.unit_serial();
-        let export = Export { volume: volume.clone(), device, unit_serial, connector, connection };
-        Ok(ExportRecord { id, phase: Phase::Exporting, export: Some(export) })
-    }
 }
 
-/// May this call go on with what is recorded under its id?
-fn check_retry(
-    record: &ExportRecord,
-    volume: &VolumeKey,
-    connector: &Connector,
-    access_mode: AccessMode,
-) -> Result<(), Failure> {
-    let ended = || {
-        Failure::new(
-            Reason::AttachmentEnded,
-            format!("attachment {} was unexported; its id is spent", record.id),
-        )
+async fn find_volume(pool: Lvm, volume: VolumeKey) -> Result<VolumeIdentity, Failure> {
+    let look = |pool: &Lvm| {
+        let (pool, name) = (pool.clone(), volume.volume.clone());
+        blocking(KERNEL_DEADLINE, move || pool.identity(&name))
     };
-    match (record.phase, &record.export) {
-        (Phase::Ended, _) | (_, None) => Err(ended()),
-        (Phase::Unexporting, _) => Err(ended().next("finish with Unexport, then export under a new id")),
-        (Phase::Exporting | Phase::Exported, Some(export)) => {
-            match export.difference(volume, connector, access_mode) {
-                None => Ok(()),
-                Some(difference) => Err(Failure::new(
-                    Reason::DifferentParameters,
-                    format!("attachment {} is exported with other parameters: {difference}", record.id),
-                )),
-            }
-        }
-    }
-}
-
-/// A record made for a volume that was deleted and made again under the same name is not for the new one.
-fn check_identity(mut record: ExportRecord, identity: &VolumeIdentity) -> Result<ExportRecord, Failure> {
-    if let Some(export) = &mut record.export {
-        if export.unit_serial != identity.unit_serial() {
-            return Err(Failure::new(
-                Reason::WrongDevice,
-                format!(
-                    "volume {} is another one than attachment {} was exported with",
-                    export.volume, record.id
-                ),
-            ));
-        }
-        export.connection.size = identity.size;
-    }
-    Ok(record)
-}
-
-async fn find_volume(pool: &Lvm, volume: &VolumeKey) -> Result<VolumeIdentity, Failure> {
-    if let Some(identity) = pool.identity(&volume.volume)? {
+    if let Some(identity) = look(&pool).await? {
         return Ok(identity);
     }
     // Not active, or not there: only now a process has to say which.
     if pool.find(volume.volume.as_str()).await?.is_none() {
-        return Err(volume::not_found(volume));
+        return Err(volume::not_found(&volume));
     }
     pool.activate(volume.volume.as_str()).await?;
-    pool.identity(&volume.volume)?.ok_or_else(|| {
+    look(&pool).await?.ok_or_else(|| {
         Failure::new(Reason::LvmFailed, format!("volume {volume} has no device after lvchange --activate y"))
     })
-}
-
-fn target_of(id: AttachmentId, export: &Export) -> Target {
-    let iscsi = &export.connection.iscsi;
-    Target {
-        id,
-        iqn: iscsi.target_iqn.clone(),
-        device: export.device.clone(),
-        unit_serial: export.unit_serial.clone(),
-        initiator: export.connector.initiator_iqn.clone(),
-        chap_username: iscsi.chap_username.clone(),
-        chap_secret: iscsi.chap_secret.clone(),
-        portals: iscsi.portals.clone(),
-        access_mode: export.connection.access_mode,
-        discard: volume::takes_discards(&export.device),
-    }
-}
-
-/// 32 characters of a 64-letter alphabet from the kernel's random numbers: 192 bits.
-fn random_secret() -> Result<Secret, Failure> {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._";
-    let mut bytes = [0u8; 32];
-    getrandom::fill(&mut bytes)
-        .map_err(|error| Failure::new(Reason::Internal, format!("no random numbers: {error}")))?;
-    let text: String = bytes.iter().map(|byte| char::from(ALPHABET[usize::from(byte % 64)])).collect();
-    Ok(Secret::new(text)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn f43_secrets_are_long_and_never_the_same() {
-        let (one, two) = (random_secret().unwrap(), random_secret().unwrap());
-        assert_eq!(one.expose().len(), 32);
-        assert_ne!(one, two);
-    }
 }

@@ -50,7 +50,8 @@ impl From<LvmError> for Failure {
     fn from(error: LvmError) -> Self {
         match error {
             LvmError::Command(error) => Failure::from_command(Reason::LvmFailed, &error),
-            other => Failure::from_error(Reason::LvmFailed, &other),
+            other => Failure::from_error(Reason::LvmFailed, &other)
+                .next("see on the storage host what has the LV's name: ls -l /dev/VG; dmsetup info"),
         }
     }
 }
@@ -92,6 +93,11 @@ impl Lvm {
         if self.thin_pool.is_some() { Provisioning::Thin } else { Provisioning::Thick }
     }
 
+    /// The LV's place on this host, `VG/LV`: pools of one group share it.
+    pub(crate) fn place(&self, name: &str) -> String {
+        format!("{}/{name}", self.volume_group)
+    }
+
     /// The device node of an LV of this pool.
     pub(crate) fn device(&self, name: &str) -> PathBuf {
         self.device_directory.join(&self.volume_group).join(name)
@@ -105,6 +111,11 @@ impl Lvm {
     /// One LV of this pool.
     pub(crate) async fn find(&self, name: &str) -> Result<Option<LogicalVolume>, LvmError> {
         Ok(self.list().await?.into_iter().find(|lv| lv.name == name))
+    }
+
+    /// Is the name free in the whole volume group, other pools' volumes included?
+    pub(crate) async fn name_is_free(&self, name: &str) -> Result<bool, LvmError> {
+        Ok(!self.report().await?.iter().any(|lv| lv.name == name))
     }
 
     /// What room there is. A thin pool must zero what it hands out, or a new volume shows old data (F5).
@@ -163,20 +174,18 @@ impl Lvm {
 
     /// Removes an LV, whoever made it: the caller has looked.
     pub(crate) async fn remove(&self, name: &str) -> Result<(), LvmError> {
-        let place = format!("{}/{name}", self.volume_group);
-        self.tool("lvremove").args(["--yes", "--quiet"]).arg(place).never_kill().run().await?;
+        self.tool("lvremove").args(["--yes", "--quiet"]).arg(self.place(name)).never_kill().run().await?;
         Ok(())
     }
 
     /// Makes the kernel's device of an LV.
     pub(crate) async fn activate(&self, name: &str) -> Result<(), LvmError> {
-        let place = format!("{}/{name}", self.volume_group);
-        self.tool("lvchange").args(["--activate", "y"]).arg(place).never_kill().run().await?;
+        self.tool("lvchange").args(["--activate", "y"]).arg(self.place(name)).never_kill().run().await?;
         Ok(())
     }
 
-    /// What the kernel says of an active LV; `None` when there is no device of that name. Reads five small files,
-    /// starts nothing: this is on the path of every export.
+    /// What the kernel says of an active LV; `None` when this pool has no such device. Reads a few small files, starts
+    /// nothing: this is on the path of every export.
     pub(crate) fn identity(&self, volume: &VolumeName) -> Result<Option<VolumeIdentity>, LvmError> {
         let link = self.device(volume.as_str());
         let target = match std::fs::read_link(&link) {
@@ -192,10 +201,26 @@ impl Lvm {
             return Err(mismatch());
         }
         let uuid = lvm_uuid(&read(&folder.join("dm/uuid"))?).ok_or_else(mismatch)?;
+        if self.lives_in(&folder) != self.thin_pool {
+            return Ok(None);
+        }
         let sectors: u64 = read(&folder.join("size"))?.parse().map_err(|_| mismatch())?;
         // The kernel counts sectors of 512 bytes whatever the device's own are (Documentation/ABI/stable/sysfs-block).
         let size = ByteSize::try_from(sectors * 512).map_err(|_| mismatch())?;
         Ok(Some(VolumeIdentity { uuid, size }))
+    }
+
+    /// The thin pool of a mapped device: LVM's thin volumes are on a device `VG-POOL-tpool`, others are not.
+    fn lives_in(&self, folder: &Path) -> Option<String> {
+        let group = format!("{}-", escape(&self.volume_group));
+        let slaves = std::fs::read_dir(folder.join("slaves")).ok()?;
+        slaves.flatten().find_map(|slave| {
+            let uuid = read(&slave.path().join("dm/uuid")).ok()?;
+            let name = read(&slave.path().join("dm/name")).ok()?;
+            let name =
+                name.strip_prefix(&group)?.strip_suffix("-tpool").filter(|_| uuid.ends_with("-tpool"))?;
+            Some(name.replace("--", "-"))
+        })
     }
 
     async fn report(&self) -> Result<Vec<LogicalVolume>, LvmError> {
@@ -272,6 +297,7 @@ mod tests {
         std::fs::create_dir_all(dev.join("vg-0")).unwrap();
         std::fs::create_dir_all(block.join("dm-3/dm")).unwrap();
         std::os::unix::fs::symlink("../dm-3", dev.join("vg-0/a-b")).unwrap();
+        std::fs::create_dir_all(block.join("dm-3/slaves/sdb")).unwrap();
         for (file, text) in [("dm/name", name), ("dm/uuid", uuid), ("size", "8192")] {
             std::fs::write(block.join("dm-3").join(file), format!("{text}\n")).unwrap();
         }
@@ -290,6 +316,21 @@ mod tests {
         assert_eq!(identity.uuid, "Yx7c2b-uVtq-QdVN-L5lb-9zWM-ePfO-4fmkQp");
         assert_eq!(identity.size.bytes(), 8192 * 512);
         assert_eq!(lvm.identity(&"other".parse().unwrap()).unwrap(), None);
+    }
+
+    #[test]
+    fn a_volume_of_another_pool_of_the_group_is_not_this_pools() {
+        let (root, lvm) = tree("vg--0-a--b", UUID);
+        let slave = root.path().join("block/dm-3/slaves/dm-2/dm");
+        std::fs::create_dir_all(&slave).unwrap();
+        std::fs::write(slave.join("name"), "vg--0-thin--pool-tpool\n").unwrap();
+        std::fs::write(slave.join("uuid"), format!("{UUID}-tpool\n")).unwrap();
+        let name = "a-b".parse().unwrap();
+        assert_eq!(lvm.identity(&name).unwrap(), None);
+        let thin = Lvm { thin_pool: Some("thin-pool".into()), ..lvm.clone() };
+        assert!(thin.identity(&name).unwrap().is_some());
+        let other = Lvm { thin_pool: Some("other".into()), ..lvm };
+        assert_eq!(other.identity(&name).unwrap(), None);
     }
 
     #[test]

@@ -20,12 +20,13 @@ fn main() -> ExitCode {
     daemon::main(
         "tether-storage-agent",
         "/etc/tether/storage-agent.toml",
-        |config: config::Config, _shutdown| async {
+        |config: config::Config, shutdown| async {
             let exports = Arc::new(export::Exports::open(&config).await?);
             let volumes = Arc::new(volume::Volumes::new(&config, exports.claims()));
-            let service = service::Service::new(exports, volumes);
+            let operations = vec![exports.operations().clone(), volumes.operations().clone()];
+            let service = service::Service::new(exports, volumes, shutdown);
             let routes = services::with_health_and_reflection(StorageAgentServer::new(service)).await?;
-            Ok((config, routes))
+            Ok(daemon::Agent { config, routes, operations })
         },
     )
 }

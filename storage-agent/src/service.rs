@@ -7,6 +7,7 @@ use tether_agent_core::operations::Operations;
 use tether_agent_core::services::{StepStream, step_stream};
 use tether_proto::wire::storage_agent_server::StorageAgent;
 use tether_proto::{AccessMode, AttachmentId, Connector, ParseError, VolumeKey, wire};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::export::{ExportView, Exports};
@@ -17,12 +18,13 @@ use crate::volume::{VolumeView, Volumes};
 pub(crate) struct Service {
     exports: Arc<Exports>,
     volumes: Arc<Volumes>,
+    shutdown: CancellationToken,
 }
 
 impl Service {
     /// The service in front of the engines.
-    pub(crate) fn new(exports: Arc<Exports>, volumes: Arc<Volumes>) -> Self {
-        Self { exports, volumes }
+    pub(crate) fn new(exports: Arc<Exports>, volumes: Arc<Volumes>, shutdown: CancellationToken) -> Self {
+        Self { exports, volumes, shutdown }
     }
 }
 
@@ -107,14 +109,14 @@ impl StorageAgent for Service {
         request: Request<wire::GetExportRequest>,
     ) -> Result<Response<wire::ExportStatus>, Status> {
         let id = attachment_id(&request.into_inner().attachment_id)?;
-        Ok(Response::new(self.exports.get(id)?.into()))
+        Ok(Response::new(self.exports.get(id).await?.into()))
     }
 
     async fn list_exports(
         &self,
         _request: Request<wire::ListExportsRequest>,
     ) -> Result<Response<wire::ListExportsResponse>, Status> {
-        let exports = self.exports.list().into_iter().map(Into::into).collect();
+        let exports = self.exports.list().await?.into_iter().map(Into::into).collect();
         Ok(Response::new(wire::ListExportsResponse { exports }))
     }
 
@@ -133,7 +135,7 @@ impl StorageAgent for Service {
             }
             None => return Err(Failure::from(ParseError::missing("key")).into()),
         };
-        Ok(Response::new(step_stream(operations.clone(), key)))
+        Ok(Response::new(step_stream(operations.clone(), key, self.shutdown.clone())))
     }
 }
 
@@ -159,18 +161,22 @@ impl From<VolumeView> for wire::Volume {
 
 impl From<ExportView> for wire::ExportStatus {
     fn from(view: ExportView) -> Self {
-        let export = view.export;
-        Self {
+        let status = Self {
             attachment_id: view.id.to_string(),
+            phase: view.phase.as_str().to_owned(),
+            enabled: view.enabled,
+            connected: view.connected,
+            ..Self::default()
+        };
+        let Some(export) = view.export else { return status };
+        Self {
             pool: export.volume.pool.to_string(),
             volume: export.volume.volume.to_string(),
             hostname: export.connector.hostname,
             initiator_iqn: export.connector.initiator_iqn.to_string(),
             target_iqn: export.connection.iscsi.target_iqn.to_string(),
             access_mode: wire::AccessMode::from(export.connection.access_mode).into(),
-            enabled: view.enabled,
-            connected: view.connected,
-            phase: view.phase.as_str().to_owned(),
+            ..status
         }
     }
 }

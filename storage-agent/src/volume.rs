@@ -6,11 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use tether_agent_core::failure::{Failure, Reason};
-use tether_agent_core::operations::{Operations, Steps};
+use tether_agent_core::operations::{Operations, Steps, blocking};
 use tether_proto::wire::{OperationReport, Outcome};
 use tether_proto::{AttachmentId, ByteSize, PoolName, VolumeKey};
 
@@ -21,6 +23,8 @@ use crate::lvm::{self, LogicalVolume, Lvm, Provisioning, UNWIPED_PREFIX};
 
 /// How much is wiped by one call: so much that it costs nothing, so little that progress can be seen.
 const WIPE_PIECE: u64 = 256 * 1024 * 1024;
+/// How long one piece may take: a disk that writes 1 MiB in a second is on the brink.
+const PIECE_DEADLINE: Duration = Duration::from_secs(256);
 
 /// The pools of the config.
 pub(crate) type Pools = Arc<BTreeMap<PoolName, Lvm>>;
@@ -114,6 +118,7 @@ impl Volumes {
     /// One volume.
     pub(crate) async fn get(&self, key: &VolumeKey) -> Result<VolumeView, Failure> {
         let lvm = pool(&self.pools, &key.pool)?;
+        lvm::check_name(&key.volume).map_err(|failure| failure.at("validate"))?;
         match lvm.find(key.volume.as_str()).await? {
             Some(lv) => Ok(self.view(key.clone(), lvm, lv)),
             None => Err(not_found(key)),
@@ -143,7 +148,7 @@ impl Volumes {
 
     fn view(&self, key: VolumeKey, lvm: &Lvm, lv: LogicalVolume) -> VolumeView {
         VolumeView {
-            exported_for: self.claims.exported_for(&key),
+            exported_for: self.claims.exported_for(&lvm.place(key.volume.as_str())),
             key,
             identity: VolumeIdentity { uuid: lv.uuid, size: lv.size },
             provisioning: lvm.provisioning(),
@@ -178,12 +183,23 @@ impl Volumes {
             }
             return Ok((self.view(key.clone(), lvm, lv), steps.report(Outcome::Unchanged)));
         }
-        self.claims.claim(key, Claim::Creation)?;
+        if !lvm.name_is_free(key.volume.as_str()).await? {
+            return Err(Failure::new(
+                Reason::DifferentParameters,
+                format!(
+                    "the volume group of pool {} has a logical volume {} outside of the pool",
+                    key.pool, key.volume
+                ),
+            )
+            .at("validate"));
+        }
+        let place = lvm.place(key.volume.as_str());
+        self.claims.claim(&place, Claim::Creation).map_err(|failure| failure.at("validate"))?;
         let made = match lvm.provisioning() {
             Provisioning::Thin => self.create_thin(steps, lvm, key, size, room.largest).await,
             Provisioning::Thick => self.create_thick(steps, lvm, key, size, room.largest).await,
         };
-        self.claims.release(key, Claim::Creation);
+        self.claims.release(&place, Claim::Creation);
         let outcome = made?;
         let view = steps.run("verify-volume", self.get(key)).await?;
         tracing::info!(volume = %key, bytes = view.identity.size.bytes(), "volume created");
@@ -199,8 +215,10 @@ impl Volumes {
         largest: u64,
     ) -> Result<Outcome, Failure> {
         check_room(key, size, largest)?;
-        steps.run("create-volume", lvm.create(key.volume.as_str(), size)).await?;
-        Ok(Outcome::Created)
+        match steps.run("create-volume", lvm.create(key.volume.as_str(), size)).await {
+            Ok(()) => Ok(Outcome::Created),
+            Err(failure) => Err(self.undo_create(steps, lvm, key.volume.as_str(), failure).await),
+        }
     }
 
     async fn create_thick(
@@ -215,42 +233,74 @@ impl Volumes {
         let mut outcome = Outcome::Created;
         match lvm.find(&unwiped).await? {
             // An earlier call was cut off: the space is taken already.
-            Some(lv) if lv.size == size => outcome = Outcome::Repaired,
+            Some(lv) if lv.size == size && lv.ours => outcome = Outcome::Repaired,
             found => {
-                if found.is_some() {
-                    steps.run("remove-leftover", lvm.remove(&unwiped)).await?;
+                if let Some(lv) = &found {
+                    self.remove_leftover(steps, lvm, lv).await?;
                 }
                 let room = if found.is_some() { lvm.room().await?.largest } else { largest };
                 check_room(key, size, room)?;
-                steps.run("create-volume", lvm.create(&unwiped, size)).await?;
             }
         }
         let made = async {
             if outcome == Outcome::Repaired {
                 steps.run("activate-volume", lvm.activate(&unwiped)).await?;
+            } else {
+                steps.run("create-volume", lvm.create(&unwiped, size)).await?;
             }
-            let device = lvm.device(&unwiped);
-            let progress = steps.clone();
-            steps.run_blocking("wipe-volume", move || wipe(&device, size, &progress)).await?;
+            steps.run("wipe-volume", wipe(lvm.device(&unwiped), size, steps)).await?;
             steps.run("name-volume", lvm.rename(&unwiped, key.volume.as_str())).await
         }
         .await;
-        if let Err(mut failure) = made {
-            if let Err(error) = steps.run("undo-create-volume", lvm.remove(&unwiped)).await {
-                failure.undo.push(error.to_string());
+        match made {
+            Ok(()) => Ok(outcome),
+            // The last step may have done its work before it failed: then the volume has its own name.
+            Err(failure) if failure.step == Some("name-volume") => {
+                let failure = self.undo_create(steps, lvm, key.volume.as_str(), failure).await;
+                Err(self.undo_create(steps, lvm, &unwiped, failure).await)
             }
-            return Err(failure);
+            Err(failure) => Err(self.undo_create(steps, lvm, &unwiped, failure).await),
         }
-        Ok(outcome)
+    }
+
+    /// Takes back a creation: the LV goes, if it came.
+    async fn undo_create(&self, steps: &Steps, lvm: &Lvm, name: &str, mut failure: Failure) -> Failure {
+        let undo = async {
+            match lvm.find(name).await? {
+                Some(lv) if lv.ours => steps.run("undo-create-volume", lvm.remove(name)).await,
+                _ => Ok(()),
+            }
+        };
+        if let Err(error) = undo.await {
+            failure.undo.push(format!("removing {}: {error}", lvm.place(name)));
+        }
+        failure
+    }
+
+    async fn remove_leftover(&self, steps: &Steps, lvm: &Lvm, lv: &LogicalVolume) -> Result<(), Failure> {
+        if !lv.ours {
+            return Err(Failure::new(
+                Reason::NotOurs,
+                format!("{} was not made by Tether", lvm.place(&lv.name)),
+            )
+            .next("rename it or remove it with the tool that made it"));
+        }
+        steps.run("remove-leftover", lvm.remove(&lv.name)).await
     }
 
     async fn do_delete(&self, steps: &Steps, key: &VolumeKey) -> Result<OperationReport, Failure> {
         let lvm = pool(&self.pools, &key.pool)?;
         lvm::check_name(&key.volume).map_err(|failure| failure.at("validate"))?;
-        self.claims.claim(key, Claim::Deletion)?;
+        let place = lvm.place(key.volume.as_str());
+        self.claims.claim(&place, Claim::Deletion).map_err(|failure| failure.at("validate"))?;
         let outcome = async {
             let Some(lv) = steps.run("find-volume", lvm.find(key.volume.as_str())).await? else {
-                return Ok(Outcome::Unchanged);
+                // A creation that was cut off left its space behind under the other name.
+                let Some(leftover) = lvm.find(&format!("{UNWIPED_PREFIX}{}", key.volume)).await? else {
+                    return Ok(Outcome::Unchanged);
+                };
+                self.remove_leftover(steps, lvm, &leftover).await?;
+                return Ok(Outcome::Removed);
             };
             if !lv.ours {
                 return Err(Failure::new(
@@ -276,7 +326,7 @@ impl Volumes {
             Ok(Outcome::Removed)
         }
         .await;
-        self.claims.release(key, Claim::Deletion);
+        self.claims.release(&place, Claim::Deletion);
         Ok(steps.report(outcome?))
     }
 }
@@ -293,23 +343,28 @@ fn check_room(key: &VolumeKey, size: ByteSize, largest: u64) -> Result<(), Failu
 }
 
 /// Zeroes a device from end to end, by the device's own means where it has them (fallocate(2), FALLOC_FL_ZERO_RANGE).
-fn wipe(device: &std::path::Path, size: ByteSize, steps: &Steps) -> Result<(), Failure> {
-    let fail = |problem: &dyn std::fmt::Display| {
+async fn wipe(device: PathBuf, size: ByteSize, steps: &Steps) -> Result<(), Failure> {
+    fn fail(device: &Path, problem: &dyn std::fmt::Display) -> Failure {
         Failure::new(Reason::WipeFailed, format!("wiping {} failed: {problem}", device.display()))
-    };
-    let file = OpenOptions::new().write(true).open(device).map_err(|error| fail(&error))?;
+    }
+    let file = OpenOptions::new().write(true).open(&device).map_err(|error| fail(&device, &error))?;
+    let file = Arc::new(file);
     let mut done = 0;
     while done < size.bytes() {
         let length = WIPE_PIECE.min(size.bytes() - done);
         let (Ok(offset), Ok(piece)) = (i64::try_from(done), i64::try_from(length)) else {
-            return Err(fail(&"the size is more than a file can have"));
+            return Err(fail(&device, &"the size is more than a file can have"));
         };
-        fallocate(&file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, piece)
-            .map_err(|error| fail(&error))?;
+        let (file, path) = (file.clone(), device.clone());
+        let zero = FallocateFlags::FALLOC_FL_ZERO_RANGE;
+        blocking(PIECE_DEADLINE, move || {
+            fallocate(&*file, zero, offset, piece).map_err(|error| fail(&path, &error))
+        })
+        .await?;
         done += length;
         if let Ok(done) = ByteSize::try_from(done) {
             steps.progress("wipe-volume", format!("{done} of {size}"));
         }
     }
-    file.sync_all().map_err(|error| fail(&error))
+    blocking(PIECE_DEADLINE, move || file.sync_all().map_err(|error| fail(&device, &error))).await
 }

@@ -89,6 +89,21 @@ impl Guest {
         }
     }
 
+    /// Waits until a guest that was just started takes commands.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub async fn wait_up(&self, deadline: Duration) -> anyhow::Result<()> {
+        let began = Instant::now();
+        while let Err(error) = self.command_within("ping", Duration::from_secs(2)).await {
+            if began.elapsed() >= deadline {
+                return Err(error);
+            }
+            pause(LOOK_AGAIN).await;
+        }
+        Ok(())
+    }
+
     /// The disks that the guest sees.
     ///
     /// # Errors

@@ -9,10 +9,13 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 use tether_agent_core::command::{CommandLine, Output};
+use tether_proto::wire::compute_agent_client::ComputeAgentClient;
+use tether_proto::wire::storage_agent_client::StorageAgentClient;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::agents::{Agents, HostSetup};
-use crate::lab::Lab;
 use crate::cache;
+use crate::lab::Lab;
 
 /// The thick pool in the lab: all of the volume group `tether`.
 pub const THICK_POOL: &str = "thick";
@@ -33,6 +36,9 @@ const COMPUTE_UNIT: &str = include_str!("../../packaging/systemd/tether-compute-
 pub struct Tether {
     program: PathBuf,
     config: PathBuf,
+    pki: PathBuf,
+    storage_port: u16,
+    compute_port: u16,
 }
 
 impl Tether {
@@ -63,12 +69,58 @@ impl Tether {
             compute = lab.compute.agent_port,
         );
         std::fs::write(&config, text).with_context(|| format!("{}", config.display()))?;
-        Ok(Self { program, config })
+        Ok(Self {
+            program,
+            config,
+            pki,
+            storage_port: lab.storage.agent_port,
+            compute_port: lab.compute.agent_port,
+        })
+    }
+
+    /// The `tether` command itself.
+    pub fn program(&self) -> &Path {
+        &self.program
     }
 
     /// The command as a person types it to reach this lab.
     pub fn typed(&self) -> String {
         format!("{} --config {}", self.program.display(), self.config.display())
+    }
+
+    /// A gRPC client of the storage agent, for what the command does not do.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached.
+    pub async fn storage(&self) -> anyhow::Result<StorageAgentClient<Channel>> {
+        Ok(StorageAgentClient::new(self.channel("storage", self.storage_port, true).await?))
+    }
+
+    /// A gRPC client of the compute agent.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached.
+    pub async fn compute(&self) -> anyhow::Result<ComputeAgentClient<Channel>> {
+        Ok(ComputeAgentClient::new(self.channel("compute", self.compute_port, true).await?))
+    }
+
+    /// A client of the compute agent that has no certificate.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached at all.
+    pub async fn stranger(&self) -> anyhow::Result<ComputeAgentClient<Channel>> {
+        Ok(ComputeAgentClient::new(self.channel("compute", self.compute_port, false).await?))
+    }
+
+    async fn channel(&self, name: &str, port: u16, with_certificate: bool) -> anyhow::Result<Channel> {
+        let read = |file: &str| std::fs::read(self.pki.join(file)).with_context(|| file.to_owned());
+        let mut tls =
+            ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read("ca.crt")?)).domain_name(name);
+        if with_certificate {
+            tls = tls.identity(Identity::from_pem(read("lab.crt")?, read("lab.key")?));
+        }
+        let endpoint = Endpoint::from_shared(format!("https://127.0.0.1:{port}"))?.tls_config(tls)?;
+        Ok(endpoint.connect_timeout(Duration::from_secs(10)).connect().await?)
     }
 
     /// Runs `tether --json …` and gives what it printed.
@@ -126,7 +178,11 @@ fn binaries() -> anyhow::Result<PathBuf> {
     };
     for name in ["tether", "tether-storage-agent", "tether-compute-agent"] {
         let path = folder.join(name);
-        ensure!(path.exists(), "{} was not built: run tests/run lab, or packaging/quickstart", path.display());
+        ensure!(
+            path.exists(),
+            "{} was not built: run tests/run lab, or packaging/quickstart",
+            path.display()
+        );
     }
     Ok(folder)
 }
@@ -149,7 +205,13 @@ async fn pki(program: &Path) -> anyhow::Result<PathBuf> {
     .await
 }
 
-fn host_setup(binaries: &Path, pki: &Path, host: &str, unit: &str, config: &str) -> anyhow::Result<HostSetup> {
+fn host_setup(
+    binaries: &Path,
+    pki: &Path,
+    host: &str,
+    unit: &str,
+    config: &str,
+) -> anyhow::Result<HostSetup> {
     let agent = format!("tether-{host}-agent");
     let read = |path: PathBuf| std::fs::read(&path).with_context(|| format!("{}", path.display()));
     // Agents that were not built for tests do not look at the variable.
@@ -180,7 +242,7 @@ key = "/etc/tether/pki/storage.key"
 ca = "/etc/tether/pki/ca.crt"
 
 [iscsi]
-portals = ["{v4}:3260", "[{v6}]:3260"]
+portals = ["10.99.0.1:3260", "[fd99::1]:3260"]
 iqn_prefix = "{IQN_PREFIX}"
 
 [pool.{THICK_POOL}]
@@ -193,9 +255,7 @@ kind = "lvm"
 volume_group = "tether"
 thin_pool = "thinpool"
 devices = ["/dev/vdb"]
-"#,
-        v4 = "10.99.0.1"
-        v6 = "fd99::1",
+"#
     )
 }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_proto::DomainName;
-use tokio::sync::{OwnedMutexGuard, broadcast};
+use tokio::sync::{OwnedMutexGuard, Semaphore, broadcast};
 use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
 use virt::connect::Connect;
@@ -25,6 +25,12 @@ use event_shim::UnplugEvent;
 
 /// How long one libvirt call may take.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
+/// How long opening a connection may take.
+const OPEN_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the versions may take.
+const VERSION_DEADLINE: Duration = Duration::from_secs(3);
+/// How many calls may be under way: each has a thread, and a libvirtd that hangs must not have them all.
+const CALLS: usize = 128;
 /// How long an attachment waits for its turn at a domain.
 const TURN_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -54,7 +60,7 @@ impl From<LibvirtError> for Failure {
             LibvirtError::Unavailable { .. } | LibvirtError::Deadline { .. } => Reason::HypervisorUnavailable,
             LibvirtError::NoDomain { .. } => Reason::DomainNotFound,
             LibvirtError::Refused { .. } => Reason::HypervisorRefused,
-            LibvirtError::Busy { .. } => Reason::OperationRunning,
+            LibvirtError::Busy { .. } => Reason::DomainBusy,
         };
         Failure::from_error(reason, &error)
     }
@@ -101,11 +107,15 @@ pub(crate) enum Unplug {
     Silent,
 }
 
+/// A turn at a domain; over when it is dropped.
+pub(crate) type Turn = OwnedMutexGuard<()>;
+
 /// A way to libvirt.
 #[derive(Clone)]
 pub(crate) struct Libvirt {
     uri: String,
-    connection: Arc<Mutex<Option<Arc<Connect>>>>,
+    connection: Arc<tokio::sync::Mutex<Option<Arc<Connect>>>>,
+    calls: Arc<Semaphore>,
     events: broadcast::Sender<UnplugEvent>,
     turns: Arc<Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>>,
 }
@@ -132,7 +142,13 @@ impl Libvirt {
             })
             .map_err(|error| fail(&error))?;
         let (events, _) = broadcast::channel(1024);
-        Ok(Self { uri: uri.to_owned(), connection: Arc::default(), events, turns: Arc::default() })
+        Ok(Self {
+            uri: uri.to_owned(),
+            connection: Arc::default(),
+            calls: Arc::new(Semaphore::new(CALLS)),
+            events,
+            turns: Arc::default(),
+        })
     }
 
     /// Finds a domain by its name, or else by its UUID, with its XML.
@@ -158,7 +174,7 @@ impl Libvirt {
     }
 
     /// Waits for a turn at a domain. Two who choose a place in the same XML would choose the same one.
-    pub(crate) async fn turn(&self, domain: Uuid) -> Result<OwnedMutexGuard<()>, LibvirtError> {
+    pub(crate) async fn turn(&self, domain: Uuid) -> Result<Turn, LibvirtError> {
         let lock = {
             let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
             // Locks that nobody holds or waits for are not kept: domains come and go.
@@ -168,24 +184,33 @@ impl Libvirt {
         timeout(TURN_DEADLINE, lock.lock_owned()).await.map_err(|_| LibvirtError::Busy { domain })
     }
 
-    /// Plugs a device in. libvirt does both faces or none.
+    /// Plugs a device in. libvirt does both faces or none. The turn is over when libvirt's call is, however long that
+    /// takes: nobody chooses a place in the domain while this one may still be taken.
     pub(crate) async fn attach(
         &self,
         domain: Uuid,
         element: String,
         affect: Affect,
-    ) -> Result<(), LibvirtError> {
+        turn: Turn,
+    ) -> Result<Turn, LibvirtError> {
         self.call("attach the disk", move |connection| {
-            connection.lookup_domain_by_uuid(domain)?.attach_device_flags(&element, affect.flags())
+            connection.lookup_domain_by_uuid(domain)?.attach_device_flags(&element, affect.flags())?;
+            Ok(turn)
         })
         .await
     }
 
     /// Takes a device out of the definition.
-    pub(crate) async fn detach_persistent(&self, domain: Uuid, alias: String) -> Result<(), LibvirtError> {
+    pub(crate) async fn detach_persistent(
+        &self,
+        domain: Uuid,
+        alias: String,
+        turn: Turn,
+    ) -> Result<Turn, LibvirtError> {
         self.call("take the disk out of the definition", move |connection| {
             let domain = connection.lookup_domain_by_uuid(domain)?;
-            event_shim::detach_alias(&domain, &alias, sys::VIR_DOMAIN_AFFECT_CONFIG)
+            event_shim::detach_alias(&domain, &alias, sys::VIR_DOMAIN_AFFECT_CONFIG)?;
+            Ok(turn)
         })
         .await
     }
@@ -236,10 +261,13 @@ impl Libvirt {
     pub(crate) async fn versions(&self) -> Result<[String; 2], LibvirtError> {
         let text =
             |version: u32| format!("{}.{}.{}", version / 1_000_000, version / 1000 % 1000, version % 1000);
-        self.call("tell its version", move |connection| {
+        let asked = self.call("tell its version", move |connection| {
             Ok([text(connection.lib_version()?), text(connection.hyp_version()?)])
-        })
-        .await
+        });
+        // Nice to know and no more.
+        timeout(VERSION_DEADLINE, asked)
+            .await
+            .unwrap_or(Err(LibvirtError::Deadline { action: "tell its version" }))
     }
 
     /// Runs a call on a thread that may block, with a deadline.
@@ -248,9 +276,13 @@ impl Libvirt {
         action: &'static str,
         work: impl FnOnce(&Connect) -> Result<T, virt::error::Error> + Send + 'static,
     ) -> Result<T, LibvirtError> {
-        let this = self.clone();
+        let connection = self.connect().await?;
+        // The permit goes where the thread goes: a call that hangs keeps its place until it ends.
+        let Ok(permit) = timeout(CALL_DEADLINE, self.calls.clone().acquire_owned()).await else {
+            return Err(self.unavailable(&format!("{CALLS} calls are under way and none ends")));
+        };
         let work = tokio::task::spawn_blocking(move || {
-            let connection = this.connect()?;
+            let _permit = permit;
             work(&connection).map_err(|error| LibvirtError::Refused {
                 action,
                 message: error.message().to_owned(),
@@ -259,33 +291,42 @@ impl Libvirt {
         });
         match timeout(CALL_DEADLINE, work).await {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(_panicked)) => Err(LibvirtError::Unavailable {
-                uri: self.uri.clone(),
-                message: "the call died of a panic".to_owned(),
-            }),
+            Ok(Err(_panicked)) => Err(self.unavailable("the call died of a panic")),
             Err(_) => Err(LibvirtError::Deadline { action }),
         }
     }
 
-    /// The connection, opened anew when libvirtd went away meanwhile.
-    fn connect(&self) -> Result<Arc<Connect>, LibvirtError> {
-        let mut held = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The connection, opened anew when libvirtd went away meanwhile. One opens at a time; who waits for it has a
+    /// deadline.
+    async fn connect(&self) -> Result<Arc<Connect>, LibvirtError> {
+        let Ok(mut held) = timeout(OPEN_DEADLINE, self.connection.clone().lock_owned()).await else {
+            return Err(self.unavailable("it does not answer"));
+        };
         if let Some(connection) = held.as_ref().filter(|connection| connection.is_alive().unwrap_or(false)) {
             return Ok(connection.clone());
         }
-        let unavailable = |error: virt::error::Error| LibvirtError::Unavailable {
-            uri: self.uri.clone(),
-            message: error.message().to_owned(),
-        };
-        let connection = Connect::open(Some(&self.uri)).map_err(unavailable)?;
-        // Pings find a dead libvirtd, so that no call hangs on one. The local test driver knows none.
-        if let Err(error) = connection.set_keep_alive(5, 3) {
-            tracing::debug!(message = error.message(), "libvirt without keep-alive");
+        let (uri, events) = (self.uri.clone(), self.events.clone());
+        let open = tokio::task::spawn_blocking(move || {
+            let connection = Connect::open(Some(&uri))?;
+            // Pings find a dead libvirtd, so that no call hangs on one. The local test driver knows none.
+            if let Err(error) = connection.set_keep_alive(5, 3) {
+                tracing::debug!(message = error.message(), "libvirt without keep-alive");
+            }
+            event_shim::subscribe(&connection, &events)?;
+            let connection = Arc::new(connection);
+            *held = Some(connection.clone());
+            Ok::<_, virt::error::Error>(connection)
+        });
+        match timeout(OPEN_DEADLINE, open).await {
+            Ok(Ok(Ok(connection))) => Ok(connection),
+            Ok(Ok(Err(error))) => Err(self.unavailable(error.message())),
+            Ok(Err(_panicked)) => Err(self.unavailable("opening died of a panic")),
+            Err(_) => Err(self.unavailable("it does not answer")),
         }
-        event_shim::subscribe(&connection, &self.events).map_err(unavailable)?;
-        let connection = Arc::new(connection);
-        *held = Some(connection.clone());
-        Ok(connection)
+    }
+
+    fn unavailable(&self, message: &str) -> LibvirtError {
+        LibvirtError::Unavailable { uri: self.uri.clone(), message: message.to_owned() }
     }
 }
 

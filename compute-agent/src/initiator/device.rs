@@ -50,12 +50,14 @@ pub(crate) fn verify(
     wwn: Wwn,
     size: ByteSize,
 ) -> Result<(), DeviceError> {
-    let found = read(&session.lun_folder().join("wwid")).unwrap_or_else(|| "none".to_owned());
+    let wwid = session.lun_folder().join("wwid");
+    let found = read(&wwid).map_err(fail("reading", &wwid))?.unwrap_or_else(|| "none".to_owned());
     if found != format!("naa.{wwn}") {
         return Err(DeviceError::Wwn { disk: disk.to_owned(), found, wanted: wwn });
     }
     // Sectors of 512 bytes, whatever the device's own are (Documentation/ABI/stable/sysfs-block).
-    let sectors = read(&sysfs.block().join(disk).join("size")).and_then(|text| text.parse::<u64>().ok());
+    let path = sysfs.block().join(disk).join("size");
+    let sectors = read(&path).map_err(fail("reading", &path))?.and_then(|text| text.parse::<u64>().ok());
     let found = sectors.unwrap_or(0).saturating_mul(512);
     if found != size.bytes() {
         return Err(DeviceError::Size { disk: disk.to_owned(), found, wanted: size });
@@ -101,7 +103,7 @@ mod tests {
     fn outcome(wwid: &str, sectors: u64) -> Result<(), DeviceError> {
         let iqn: Iqn = "iqn.2026-11.io.example:x".parse().unwrap();
         let (_root, sysfs) = recorded(iqn.as_str(), "sdb", wwid, sectors);
-        let session = sysfs.find_session(&iqn).unwrap();
+        let session = sysfs.find_session(&iqn).unwrap().unwrap();
         verify(&sysfs, &session, "sdb", WWN.parse().unwrap(), ByteSize::try_from(4096).unwrap())
     }
 

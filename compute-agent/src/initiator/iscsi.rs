@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::session::Session;
 use tether_agent_core::command::{CommandError, CommandLine, Output};
 use tether_proto::{Iqn, Portal};
 use tokio::net::TcpStream;
@@ -112,7 +113,9 @@ pub(crate) async fn probe(portals: &[Portal]) -> Result<Portal, IscsiError> {
 
 /// Logs in with the record that is in open-iscsi's database.
 pub(crate) async fn login(target: &Iqn, portal: Portal) -> Result<(), IscsiError> {
-    let (command, output) = run("--login", target, portal).await?;
+    let portal_text = portal.to_string();
+    let record = ["--mode", "node", "--targetname", target.as_str(), "--portal", &portal_text, "--login"];
+    let (command, output) = run(&record).await?;
     match Exit::of(output.exit_code) {
         Exit::Done => Ok(()),
         Exit::SessionExists => Err(IscsiError::SessionExists { target: target.clone() }),
@@ -130,9 +133,10 @@ pub(crate) async fn login(target: &Iqn, portal: Portal) -> Result<(), IscsiError
     }
 }
 
-/// Logs out. No session to log out of is fine; the caller looks whether it is gone.
-pub(crate) async fn logout(target: &Iqn, portal: Portal) -> Result<(), IscsiError> {
-    let (command, output) = run("--logout", target, portal).await?;
+/// Logs out of one session, whatever portal it was made to. No session to log out of is fine; the caller looks whether it
+/// is gone.
+pub(crate) async fn logout(target: &Iqn, session: &Session) -> Result<(), IscsiError> {
+    let (command, output) = run(&["--mode", "session", "--sid", session.number(), "--logout"]).await?;
     match Exit::of(output.exit_code) {
         Exit::Done | Exit::NothingFound => Ok(()),
         exit => Err(IscsiError::Logout {
@@ -161,11 +165,9 @@ impl Exit {
     }
 }
 
-async fn run(verb: &str, target: &Iqn, portal: Portal) -> Result<(String, Output), IscsiError> {
+async fn run(arguments: &[&str]) -> Result<(String, Output), IscsiError> {
     let command = CommandLine::new(ISCSIADM)
-        .args(["--mode", "node", "--targetname", target.as_str(), "--portal"])
-        .arg(portal.to_string())
-        .arg(verb)
+        .args(arguments)
         .deadline(IN_ALL)
         // A killed iscsiadm leaves the database's lock behind for everybody (F24).
         .never_kill();

@@ -2,9 +2,11 @@
 //! `iscsi`.
 
 use std::fs;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use tether_proto::Iqn;
+use tether_proto::{Iqn, Portal};
 
 /// A tree that looks like `/sys`.
 #[derive(Debug, Clone)]
@@ -32,29 +34,43 @@ impl Sysfs {
 
     /// The session to a target among `candidates`, which are the device paths of uevents
     /// (`/devices/platform/host3/session7/iscsi_session/session7`). Looks at nothing else.
-    pub(crate) fn session_among(&self, target: &Iqn, candidates: &[String]) -> Option<Session> {
-        candidates
-            .iter()
-            .filter_map(|path| path.rsplit('/').next())
-            .find_map(|name| self.session(name, target))
+    pub(crate) fn session_among(&self, target: &Iqn, candidates: &[String]) -> io::Result<Option<Session>> {
+        let names = candidates.iter().filter_map(|path| path.rsplit('/').next()).map(str::to_owned);
+        self.first_to(target, names)
     }
 
-    /// The session to a target, by looking at all of them. For what a restart or somebody else left; an attach that
-    /// saw its session come does not need it.
-    pub(crate) fn find_session(&self, target: &Iqn) -> Option<Session> {
-        let entries = fs::read_dir(self.root.join("class/iscsi_session")).ok()?;
-        entries.flatten().find_map(|entry| self.session(entry.file_name().to_str()?, target))
+    /// The session to a target, by looking at all of them. For what a restart or somebody else left, and before
+    /// something is taken away; an attach that saw its session come does not need it.
+    pub(crate) fn find_session(&self, target: &Iqn) -> io::Result<Option<Session>> {
+        let names = names(&self.root.join("class/iscsi_session"))?;
+        self.first_to(target, names.into_iter())
+    }
+
+    fn first_to(&self, target: &Iqn, names: impl Iterator<Item = String>) -> io::Result<Option<Session>> {
+        for name in names {
+            if let Some(session) = self.session(&name, target)? {
+                return Ok(Some(session));
+            }
+        }
+        Ok(None)
     }
 
     /// A session by its name, if it is one to this target.
-    pub(crate) fn session(&self, name: &str, target: &Iqn) -> Option<Session> {
+    fn session(&self, name: &str, target: &Iqn) -> io::Result<Option<Session>> {
         let class_folder = self.root.join("class/iscsi_session").join(name);
-        if read(&class_folder.join("targetname"))? != target.as_str() {
-            return None;
+        if read(&class_folder.join("targetname"))?.as_deref() != Some(target.as_str()) {
+            return Ok(None);
         }
-        let folder = fs::canonicalize(class_folder.join("device")).ok()?;
-        let host = folder.parent()?.file_name()?.to_str()?.strip_prefix("host")?.parse().ok()?;
-        Some(Session { name: name.to_owned(), host, folder, class_folder })
+        let folder = match fs::canonicalize(class_folder.join("device")) {
+            Ok(folder) => folder,
+            Err(error) if is_absence(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let host =
+            folder.parent().and_then(|host| host.file_name()?.to_str()?.strip_prefix("host")?.parse().ok());
+        let host =
+            host.ok_or_else(|| io::Error::other(format!("{} is under no SCSI host", folder.display())))?;
+        Ok(Some(Session { name: name.to_owned(), host, folder, class_folder }))
     }
 
     /// Where the kernel takes orders to scan a SCSI host.
@@ -69,14 +85,29 @@ impl Sysfs {
 }
 
 impl Session {
+    /// The number that open-iscsi knows it by: 7 of `session7`.
+    pub(crate) fn number(&self) -> &str {
+        self.name.trim_start_matches("session")
+    }
+
     /// Is it logged in? A session whose connection is lost is `FAILED`, and I/O on it waits.
-    pub(crate) fn logged_in(&self) -> bool {
-        read(&self.class_folder.join("state")).as_deref() == Some("LOGGED_IN")
+    pub(crate) fn logged_in(&self) -> io::Result<bool> {
+        Ok(read(&self.class_folder.join("state"))?.as_deref() == Some("LOGGED_IN"))
     }
 
     /// Is it still there?
-    pub(crate) fn exists(&self) -> bool {
-        self.class_folder.exists()
+    pub(crate) fn exists(&self) -> io::Result<bool> {
+        self.class_folder.try_exists()
+    }
+
+    /// The portal that it was made to.
+    pub(crate) fn portal(&self) -> io::Result<Option<Portal>> {
+        let connection = format!("connection{}:0", self.number());
+        let folder = self.folder.join(&connection).join("iscsi_connection").join(&connection);
+        let address = read(&folder.join("persistent_address"))?.and_then(|text| text.parse::<IpAddr>().ok());
+        let port = read(&folder.join("persistent_port"))?.and_then(|text| text.parse::<u16>().ok());
+        let portal = address.zip(port).map(|(address, port)| SocketAddr::new(address, port).to_string());
+        Ok(portal.and_then(|text| text.parse().ok()))
     }
 
     /// The folder of LUN 0.
@@ -86,15 +117,34 @@ impl Session {
     }
 
     /// The kernel's name of LUN 0's disk, `sdb`, once it is there.
-    pub(crate) fn disk(&self) -> Option<String> {
-        let entry = fs::read_dir(self.lun_folder().join("block")).ok()?.flatten().next()?;
-        entry.file_name().into_string().ok()
+    pub(crate) fn disk(&self) -> io::Result<Option<String>> {
+        Ok(names(&self.lun_folder().join("block"))?.into_iter().next())
     }
 }
 
-/// A small file's text without the newline.
-pub(crate) fn read(path: &Path) -> Option<String> {
-    fs::read_to_string(path).ok().map(|text| text.trim_end().to_owned())
+/// Is this how the kernel says that something is not there, or has just gone?
+fn is_absence(error: &io::Error) -> bool {
+    const ENODEV: i32 = 19;
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ENODEV)
+}
+
+/// The names in a folder; none when it is not there. Every other error is one: not to be able to look is not absence.
+fn names(folder: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if is_absence(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+/// A small file's text without the newline; `None` when it is not there.
+pub(crate) fn read(path: &Path) -> io::Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text.trim_end().to_owned())),
+        Err(error) if is_absence(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]
@@ -129,12 +179,32 @@ pub(crate) mod tests {
     #[test]
     fn a_session_is_found_by_its_target_and_leads_to_its_disk() {
         let iqn: Iqn = "iqn.2026-11.io.example:x".parse().unwrap();
-        let (_root, sysfs) = recorded(iqn.as_str(), "sdb", "naa.6", 8);
+        let (root, sysfs) = recorded(iqn.as_str(), "sdb", "naa.6", 8);
         let path = "/devices/platform/host3/session7/iscsi_session/session7".to_owned();
-        let session = sysfs.session_among(&iqn, &[path]).unwrap();
-        assert_eq!((session.host, session.logged_in(), session.disk().as_deref()), (3, true, Some("sdb")));
-        assert_eq!(sysfs.find_session(&iqn), Some(session));
+        let session = sysfs.session_among(&iqn, &[path]).unwrap().unwrap();
+        assert_eq!((session.host, session.number(), session.logged_in().unwrap()), (3, "7", true));
+        assert_eq!(session.disk().unwrap().as_deref(), Some("sdb"));
+        assert_eq!(session.portal().unwrap(), None);
+        let connection =
+            root.path().join("devices/platform/host3/session7/connection7:0/iscsi_connection/connection7:0");
+        fs::create_dir_all(&connection).unwrap();
+        fs::write(connection.join("persistent_address"), "fd00::1\n").unwrap();
+        fs::write(connection.join("persistent_port"), "3260\n").unwrap();
+        assert_eq!(session.portal().unwrap().unwrap().to_string(), "[fd00::1]:3260");
+        assert_eq!(sysfs.find_session(&iqn).unwrap(), Some(session));
         let other: Iqn = "iqn.2026-11.io.example:y".parse().unwrap();
-        assert_eq!(sysfs.find_session(&other), None);
+        assert_eq!(sysfs.find_session(&other).unwrap(), None);
+    }
+
+    /// F15: not to be able to look is an error, and never "it is gone".
+    #[test]
+    fn f15_what_cannot_be_read_is_not_absent() {
+        let iqn: Iqn = "iqn.2026-11.io.example:x".parse().unwrap();
+        let (root, sysfs) = recorded(iqn.as_str(), "sdb", "naa.6", 8);
+        let name = root.path().join("class/iscsi_session/session7/targetname");
+        fs::remove_file(&name).unwrap();
+        fs::create_dir(&name).unwrap();
+        assert!(sysfs.find_session(&iqn).is_err());
+        assert_eq!(Sysfs::at("/nonexistent").find_session(&iqn).unwrap(), None);
     }
 }

@@ -29,8 +29,6 @@ pub(crate) struct LogicalVolume {
     pub(crate) is_pool: bool,
     /// A thin pool that zeroes what it hands out.
     pub(crate) zeroing: bool,
-    /// The kernel has a device for it.
-    pub(crate) active: bool,
     /// Somebody has that device open.
     pub(crate) open: bool,
 }
@@ -83,7 +81,7 @@ pub(crate) fn parse_logical_volumes(json: &str) -> Result<Vec<LogicalVolume>, St
 
 fn logical_volume(row: LvRow) -> Result<LogicalVolume, String> {
     let size: u64 = row.lv_size.parse().map_err(|_| format!("lv_size {:?}", row.lv_size))?;
-    // lvs(8), "lv_attr bits": 1 type, 5 state, 6 device open, 8 zero new blocks.
+    // lvs(8), "lv_attr bits": 1 type, 6 device open, 8 zero new blocks.
     let attribute = |place: usize| row.lv_attr.as_bytes().get(place - 1).copied().unwrap_or(b'-');
     Ok(LogicalVolume {
         size: ByteSize::try_from(size).map_err(|error| error.to_string())?,
@@ -91,7 +89,6 @@ fn logical_volume(row: LvRow) -> Result<LogicalVolume, String> {
         ours: row.lv_tags.split(',').any(|tag| tag == super::TAG),
         is_pool: attribute(1) == b't',
         zeroing: attribute(8) == b'z',
-        active: attribute(5) == b'a',
         open: attribute(6) == b'o',
         name: row.lv_name,
         uuid: row.lv_uuid,
@@ -121,15 +118,10 @@ mod tests {
     #[test]
     fn a_report_of_lvs_is_understood() {
         let lvs = parse_logical_volumes(LVS).unwrap();
-        let seen: Vec<_> =
-            lvs.iter().map(|lv| (lv.name.as_str(), lv.ours, lv.is_pool, lv.active, lv.open)).collect();
+        let seen: Vec<_> = lvs.iter().map(|lv| (lv.name.as_str(), lv.ours, lv.is_pool, lv.open)).collect();
         assert_eq!(
             seen,
-            [
-                ("a", true, false, true, true),
-                ("t", false, false, false, false),
-                ("thinpool", false, true, true, true)
-            ]
+            [("a", true, false, true), ("t", false, false, false), ("thinpool", false, true, true)]
         );
         assert_eq!(lvs[1].pool.as_deref(), Some("thinpool"));
         assert!(lvs[2].zeroing && lvs[0].size.bytes() == 4_194_304);

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tether_agent_core::command::CommandLine;
 use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::operations::{KERNEL_DEADLINE, blocking};
 use tether_proto::{AccessMode, AttachmentId, Iqn, Portal, Secret};
 
 use super::configfs::{self, ConfigfsError};
@@ -22,8 +23,6 @@ pub(crate) const PORTAL_GROUP_TAG: u16 = 1;
 const MODULES: [&str; 3] = ["target_core_mod", "target_core_iblock", "iscsi_target_mod"];
 /// The kernel's EBUSY: somebody else has the device open.
 const EBUSY: i32 = 16;
-/// The kernel's EADDRNOTAVAIL: the portal's address is not this host's.
-const EADDRNOTAVAIL: i32 = 99;
 /// The kernel's EADDRINUSE: something else listens there.
 const EADDRINUSE: i32 = 98;
 
@@ -78,7 +77,11 @@ impl Lio {
     ///
     /// # Errors
     /// `KERNEL_LACKS_TARGET` with what to load.
-    pub(crate) async fn make_ready(&self) -> Result<(), Failure> {
+    pub(crate) async fn make_ready(&self) -> Result<&Self, Failure> {
+        let hba = self.hba();
+        if blocking(KERNEL_DEADLINE, move || Ok::<_, Failure>(hba.is_dir())).await? {
+            return Ok(self);
+        }
         if !self.root.join("iscsi").is_dir() {
             let loaded = CommandLine::new("/sbin/modprobe")
                 .args(["--all", "--quiet"])
@@ -97,9 +100,15 @@ impl Lio {
             )
             .next("mount configfs: mount -t configfs none /sys/kernel/config"));
         }
-        configfs::make(&self.root.join("iscsi"))?;
-        configfs::make(&self.hba())?;
-        Ok(())
+        let (fabric, hba) = (self.root.join("iscsi"), self.hba());
+        blocking(KERNEL_DEADLINE, move || configfs::make(&fabric).and_then(|_| configfs::make(&hba))).await?;
+        Ok(self)
+    }
+
+    /// Is there a target of this name, whoever made it?
+    pub(crate) async fn exists(&self, iqn: Iqn) -> Result<bool, Failure> {
+        let path = self.target(&iqn);
+        blocking(KERNEL_DEADLINE, move || Ok::<_, Failure>(path.exists())).await
     }
 
     /// Backstore: the device with its unit serial, enabled. The kernel opens it for itself alone, so a device that
@@ -170,7 +179,7 @@ impl Lio {
         for portal in &target.portals {
             let path = self.group(&target.iqn).join("np").join(portal.to_string());
             changed |= configfs::make(&path).map_err(|error| match error.errno() {
-                Some(EADDRNOTAVAIL | EADDRINUSE) => Failure::from_error(Reason::PortalUnavailable, &error),
+                Some(EADDRINUSE) => Failure::from_error(Reason::PortalUnavailable, &error),
                 _ => error.into(),
             })?;
         }
@@ -184,11 +193,8 @@ impl Lio {
 
     /// Cuts live sessions at once and lets nobody in; the first step of a removal.
     pub(crate) fn fence(&self, iqn: &Iqn) -> Result<bool, ConfigfsError> {
-        if !self.exists(iqn) {
-            return Ok(false);
-        }
         let enable = self.group(iqn).join("enable");
-        // A portal group that was never made has nobody to cut off.
+        // A target or portal group that was never made has nobody to cut off.
         if !enable.exists() {
             return Ok(false);
         }
@@ -219,11 +225,6 @@ impl Lio {
         let removed = configfs::remove(&self.backstore(id))?;
         configfs::prove_gone(&self.backstore(id))?;
         Ok(removed)
-    }
-
-    /// Is there a target of this name, whoever made it?
-    pub(crate) fn exists(&self, iqn: &Iqn) -> bool {
-        self.target(iqn).exists()
     }
 
     /// Is the target enabled?

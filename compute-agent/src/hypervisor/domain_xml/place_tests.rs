@@ -2,8 +2,8 @@
 
 use tether_proto::{DiskBus, DiskOptions};
 
-use super::round_trips::{I440FX, Q35, plan};
 use super::place::PciPlaces;
+use super::round_trips::{I440FX, Q35, plan};
 use super::{DiskAddress, DomainView, PlaceError, SlotCount, choose_place};
 
 fn view(xml: &str) -> DomainView {

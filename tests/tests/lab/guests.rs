@@ -1,0 +1,118 @@
+//! Guests that do not let go, and domains that change under us (rule 10, F17, F18, F29, F30).
+
+use std::time::{Duration, Instant};
+
+use crate::{Fixture, SEEN, checksum_on_storage, text};
+
+/// F29, F18, F30: a guest without an OS never acknowledges. The storage stays connected, both definitions keep the
+/// disk, a second call waits and does not cancel the first, and once the domain is off all goes.
+#[tokio::test]
+#[ignore = "lab"]
+async fn f29_a_guest_that_never_lets_go_is_told_and_the_storage_stays_connected() {
+    let fixture = Fixture::new().await;
+    fixture.volume("thick/held").await;
+    let id = text(&fixture.attach(&["thick/held", "empty"]).await, "/attachment_id").to_owned();
+    for _ in 0..2 {
+        let began = Instant::now();
+        let (code, error) = fixture.tether.error(&["detach", &id, "--guest-timeout", "7"]).await.unwrap();
+        assert_eq!(text(&error, "/reason"), "GUEST_HOLDS_DEVICE", "{error:#}");
+        assert_eq!((text(&error, "/step"), code), ("unplug", 6), "{error:#}");
+        assert!(text(&error, "/next").contains("unmount"), "{error:#}");
+        assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+        let shown = fixture.tether.json(&["show", &id]).await.unwrap();
+        let attachment = &shown["attachment"];
+        for fact in ["connected", "in_live_domain", "in_persistent_definition"] {
+            assert_eq!(attachment[fact], true, "{fact}: {shown:#}");
+        }
+        assert_eq!(text(attachment, "/phase"), "detaching");
+        assert_eq!(shown["export"]["connected"], true, "{shown:#}");
+    }
+    // What was being detached cannot be attached again under the same id.
+    let (_, error) = fixture.tether.error(&["attach", "thick/held", "empty", "--id", &id]).await.unwrap();
+    assert_eq!(text(&error, "/reason"), "ATTACHMENT_ENDED", "{error:#}");
+    fixture.lab.compute.run("virsh -q destroy empty").await.unwrap();
+    fixture.tether.json(&["detach", &id]).await.unwrap();
+    fixture.assert_nothing_left("after the domain is off").await;
+}
+
+/// A guest that holds the disk open keeps nothing on virtio-blk: it is gone for the guest, and the last write is on the
+/// storage.
+#[tokio::test]
+#[ignore = "lab"]
+async fn f9_what_the_guest_wrote_last_is_on_the_storage_after_the_detach() {
+    let fixture = Fixture::new().await;
+    let serial = text(&fixture.volume("thick/last").await, "/serial").to_owned();
+    for (cache, seed) in [("none", "one"), ("writeback", "two")] {
+        fixture.attach(&["thick/last", "c2", "--cache", cache]).await;
+        let disk = fixture.sees("c2", &serial).await;
+        let guest = fixture.lab.guest("c2").unwrap();
+        guest.write(&disk, seed, 8 << 20).await.unwrap();
+        let sum = guest.checksum(&disk, 8 << 20).await.unwrap();
+        fixture.tether.json(&["detach", "thick/last", "c2"]).await.unwrap();
+        guest.wait_gone(&serial, SEEN).await.unwrap();
+        assert_eq!(checksum_on_storage(&fixture.lab.storage, "last", 8 << 20).await, sum, "{cache}");
+    }
+}
+
+/// F17: the export went first. The session is a zombie, and the detach still takes everything away.
+#[tokio::test]
+#[ignore = "lab"]
+async fn f17_an_export_that_went_first_still_detaches_cleanly() {
+    let fixture = Fixture::new().await;
+    fixture.volume("thick/first").await;
+    let id =
+        text(&fixture.attach(&["thick/first", "c2", "--bus", "scsi"]).await, "/attachment_id").to_owned();
+    crate::unexport(&fixture, &id).await;
+    let began = Instant::now();
+    fixture.tether.json(&["detach", &id]).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    fixture.assert_nothing_left("after the detach").await;
+}
+
+/// A domain that was undefined while it had our disk: nothing to unplug, and the rest goes.
+#[tokio::test]
+#[ignore = "lab"]
+async fn a_domain_that_was_undefined_meanwhile_does_not_hold_up_the_detach() {
+    let fixture = Fixture::new().await;
+    fixture.volume("thick/gone").await;
+    let id = text(&fixture.attach(&["thick/gone", "c3"]).await, "/attachment_id").to_owned();
+    fixture.lab.compute.run("virsh -q destroy c3 && virsh -q undefine c3 && cp /usr/local/share/tether-lab/c3.xml /run/c3.xml").await.unwrap();
+    fixture.tether.json(&["detach", &id]).await.unwrap();
+    fixture.lab.compute.run("virsh -q define /run/c3.xml").await.unwrap();
+    fixture.assert_nothing_left("after the detach").await;
+}
+
+/// F39: a domain without room is told how many slots it has and what to add, before anything is touched.
+#[tokio::test]
+#[ignore = "lab"]
+async fn f39_a_full_domain_is_told_what_to_add_before_anything_is_touched() {
+    let fixture = Fixture::new().await;
+    let mut ids = Vec::new();
+    let refused = loop {
+        let volume = format!("thin/many-{}", ids.len());
+        fixture.volume(&volume).await;
+        let arguments = ["attach", &volume, "empty"];
+        let output = fixture.tether.output(&arguments).await.unwrap();
+        let answer: serde_json::Value = serde_json::from_str(&output.stdout).unwrap();
+        if output.exit_code != Some(0) {
+            assert_eq!(output.exit_code, Some(8), "{answer:#}");
+            break answer["error"].clone();
+        }
+        ids.push(text(&answer, "/attachment_id").to_owned());
+        assert!(ids.len() < 10, "the domain has 6 ports");
+    };
+    assert!(!ids.is_empty());
+    assert_eq!(
+        (text(&refused, "/reason"), text(&refused, "/step")),
+        ("NO_FREE_SLOT", "validate"),
+        "{refused:#}"
+    );
+    assert!(text(&refused, "/message").contains("pcie-root-port"), "{refused:#}");
+    let sessions = fixture.lab.compute.run("ls /sys/class/iscsi_session | wc -l").await.unwrap();
+    assert_eq!(sessions.trim(), ids.len().to_string());
+    fixture.lab.compute.run("virsh -q destroy empty").await.unwrap();
+    for id in &ids {
+        fixture.tether.json(&["detach", id]).await.unwrap();
+    }
+    fixture.assert_nothing_left("after all").await;
+}

@@ -1,0 +1,176 @@
+//! The lab tier: what only real kernels, a real libvirt and a real guest can show. Run by `tests/run lab`, one test at a
+//! time; each starts from the saved state with freshly installed agents.
+//!
+//! Tests are named by what holds, with the row of failures that they answer (F1 …). Here: what all of them share.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on fails there"
+)]
+
+mod bad_input;
+mod faults;
+mod flow;
+mod foreign;
+mod guests;
+mod identity;
+mod parallel;
+mod portals;
+mod repetition;
+mod security;
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tether_proto::wire;
+use tether_tests::tether::IQN_PREFIX;
+use tether_tests::{Disk, Host, Lab, Options, Tether};
+use tonic::Status;
+use tonic_types::StatusExt;
+
+/// A guest sees a change within this.
+pub(crate) const SEEN: Duration = Duration::from_secs(20);
+
+/// The lab as each test finds it.
+pub(crate) struct Fixture {
+    pub(crate) lab: Lab,
+    pub(crate) tether: Tether,
+}
+
+impl Fixture {
+    /// The lab `tests` in its saved state, agents running and nothing attached.
+    pub(crate) async fn new() -> Self {
+        let lab = Lab::up("tests", Options::default()).await.expect("the lab comes up");
+        let tether = Tether::install(&lab).await.expect("the agents are installed");
+        Self { lab, tether }
+    }
+
+    /// Creates a volume of 16 MiB and gives its name and what is known of it.
+    pub(crate) async fn volume(&self, name: &str) -> Value {
+        self.tether.json(&["volume", "create", name, "16M"]).await.expect("the volume is created")["volume"]
+            .clone()
+    }
+
+    /// Attaches and gives the attachment.
+    pub(crate) async fn attach(&self, arguments: &[&str]) -> Value {
+        let arguments: Vec<&str> = ["attach"].iter().chain(arguments).copied().collect();
+        self.tether.json(&arguments).await.expect("the volume is attached")
+    }
+
+    /// The disk that a guest sees with a serial.
+    pub(crate) async fn sees(&self, guest: &str, serial: &str) -> Disk {
+        self.lab.guest(guest).unwrap().wait_disk(serial, SEEN).await.expect("the guest sees the disk")
+    }
+
+    /// A domain's XML, live or persistent.
+    pub(crate) async fn xml(&self, domain: &str, flag: &str) -> String {
+        self.lab.compute.run(&format!("virsh -q dumpxml {domain} {flag}")).await.unwrap()
+    }
+
+    /// Fails unless nothing of ours is left on either host: target, backstore, session, node record, SCSI disk,
+    /// domain XML.
+    pub(crate) async fn assert_nothing_left(&self, when: &str) {
+        let left = leftovers(&self.lab).await;
+        assert!(left.is_empty(), "left {when}: {left}");
+    }
+}
+
+/// What of ours is on the hosts.
+pub(crate) async fn leftovers(lab: &Lab) -> String {
+    let storage = format!(
+        "ls -d /sys/kernel/config/target/iscsi/{IQN_PREFIX}* /sys/kernel/config/target/core/iblock_7440/* 2>/dev/null | \
+         grep -v hba_ || true"
+    );
+    let compute = format!(
+        "grep -l {IQN_PREFIX} /sys/class/iscsi_session/*/targetname 2>/dev/null; ls -d /etc/iscsi/nodes/{IQN_PREFIX}* \
+         2>/dev/null; ls /dev/disk/by-id 2>/dev/null | grep wwn-0x6001405; for d in c2 c3 empty; do \
+         virsh -q dumpxml $d | grep ua-tether; virsh -q dumpxml --inactive $d | grep ua-tether; done; true"
+    );
+    let (storage, compute) = tokio::join!(lab.storage.run(&storage), lab.compute.run(&compute));
+    // The HBA's own attributes are not ours to count.
+    let storage: Vec<String> = storage
+        .unwrap()
+        .lines()
+        .filter(|line| line.contains("tether-") || line.contains(IQN_PREFIX))
+        .map(str::to_owned)
+        .collect();
+    format!("{}{}", storage.join("\n"), compute.unwrap()).trim().to_owned()
+}
+
+/// A text of the JSON, or a failure that shows all of it.
+pub(crate) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+    value
+        .pointer(pointer)
+        .and_then(Value::as_str)
+        .unwrap_or_else(|| panic!("no text at {pointer} in {value:#}"))
+}
+
+/// The reason of a failed call, its step and its next action.
+pub(crate) fn reason(status: &Status) -> (String, String, String) {
+    let details = status.get_error_details();
+    let info = details.error_info().unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
+    let of = |key: &str| info.metadata.get(key).cloned().unwrap_or_default();
+    (info.reason.clone(), of("step"), of("next"))
+}
+
+/// SHA-256 of the beginning of a volume, read on the storage host past its page cache.
+pub(crate) async fn checksum_on_storage(host: &Host, volume: &str, bytes: u64) -> String {
+    let command = format!(
+        "dd if=/dev/tether/{volume} bs=64k iflag=direct,count_bytes count={bytes} 2>/dev/null | sha256sum"
+    );
+    host.run(&command).await.unwrap().split_whitespace().next().unwrap_or_default().to_owned()
+}
+
+/// A new attachment id.
+pub(crate) fn new_id() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
+/// A connector as the compute agent tells it, and the export of a volume to it under a new id.
+pub(crate) async fn export(fixture: &Fixture, volume: &str) -> (String, wire::ConnectionInfo) {
+    let connector = fixture.tether.compute().await.unwrap().get_connector(wire::GetConnectorRequest {}).await;
+    let (pool, volume) = volume.split_once('/').unwrap();
+    let id = new_id();
+    let request = wire::ExportRequest {
+        attachment_id: id.clone(),
+        pool: pool.to_owned(),
+        volume: volume.to_owned(),
+        connector: Some(connector.unwrap().into_inner()),
+        access_mode: wire::AccessMode::ReadWrite.into(),
+    };
+    let response =
+        fixture.tether.storage().await.unwrap().export(request).await.expect("the volume is exported");
+    (id, response.into_inner().connection_info.unwrap())
+}
+
+/// Attaches with connection info that the test may have changed.
+pub(crate) async fn attach_with(
+    fixture: &Fixture,
+    id: &str,
+    domain: &str,
+    connection_info: wire::ConnectionInfo,
+) -> Result<wire::AttachResponse, Status> {
+    let request = wire::AttachRequest {
+        attachment_id: id.to_owned(),
+        domain: domain.to_owned(),
+        connection_info: Some(connection_info),
+        disk: None,
+    };
+    Ok(fixture.tether.compute().await.unwrap().attach(request).await?.into_inner())
+}
+
+/// The iSCSI part of connection info.
+pub(crate) fn iscsi(info: &mut wire::ConnectionInfo) -> &mut wire::IscsiConnection {
+    match info.transport.as_mut() {
+        Some(wire::connection_info::Transport::Iscsi(iscsi)) => iscsi,
+        None => panic!("no transport"),
+    }
+}
+
+/// Unexports.
+pub(crate) async fn unexport(fixture: &Fixture, id: &str) {
+    let request = wire::UnexportRequest { attachment_id: id.to_owned() };
+    fixture.tether.storage().await.unwrap().unexport(request).await.expect("the export is removed");
+}
