@@ -3,6 +3,7 @@
 //! A connection that has not finished its handshake costs a task with a deadline and a place in a bounded set; when all
 //! places are taken, further connections are dropped. Not here: what the services do, and what the certificates must be (`tls`).
 
+use std::any::Any;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -15,10 +16,15 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::codegen::http;
 use tonic::service::Routes;
 use tonic::transport::Server as GrpcServer;
+use tower::layer::util::{Identity, Stack};
+use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::config::{ConfigError, Danger, Server};
+use crate::failure::{Failure, Reason};
 use crate::tls;
 
 /// How long a client may take for its TLS handshake.
@@ -111,11 +117,20 @@ pub async fn serve(
     Ok(())
 }
 
-fn grpc() -> GrpcServer {
+fn grpc() -> GrpcServer<Stack<CatchPanicLayer<Panicked>, Identity>> {
     GrpcServer::builder()
+        // A panic in a handler is an answer, and not a dead connection for all the others on it.
+        .layer(CatchPanicLayer::custom(panicked as Panicked))
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .max_concurrent_streams(Some(256))
+}
+
+type Panicked = fn(Box<dyn Any + Send>) -> http::Response<Body>;
+
+fn panicked(_: Box<dyn Any + Send>) -> http::Response<Body> {
+    let failure = Failure::new(Reason::Internal, "the agent's handler died of a panic");
+    tonic::Status::from(failure).into_http()
 }
 
 /// A socket file that only its owner may open. One that nobody listens on any more is replaced.

@@ -32,11 +32,14 @@ where
 {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<S>().await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(tether_proto::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
-    Ok(Routes::new(service).add_service(health_service).add_service(reflection))
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(tether_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    // Older clients speak v1alpha only.
+    let (current, older) = (reflection().build_v1()?, reflection().build_v1alpha()?);
+    Ok(Routes::new(service).add_service(health_service).add_service(current).add_service(older))
 }
 
 /// The answer of `WatchOperation`.

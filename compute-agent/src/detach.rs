@@ -49,8 +49,12 @@ impl Attachments {
             self.write(steps, "write-journal", &record).await?;
         }
         self.take_away(steps, id, &attachment, guest_deadline).await?;
-        self.write(steps, "close-journal", &AttachmentRecord::ended(id)).await?;
-        self.release(id);
+        let closed = self.write(steps, "close-journal", &AttachmentRecord::ended(id)).await;
+        // What the journal has as ended has nothing any more, whatever became of the step.
+        if self.journal.get(&id.to_string()).is_some_and(|record| record.phase == Phase::Ended) {
+            self.release(id);
+        }
+        closed?;
         tracing::info!(domain = %attachment.domain_name, "detached");
         Ok(Outcome::Removed)
     }
@@ -87,12 +91,16 @@ impl Attachments {
                 if self.events.subscribe().wait_until(RECOVERY_DEADLINE, back).await.is_some() {
                     return Ok(());
                 }
-                iscsi::probe(&attachment.connection.iscsi.portals).await.map_err(|error| {
-                    Failure::from(error).next(
-                        "the guest's last writes may still reach the storage: bring the storage host back, then detach \
-                         again",
-                    )
-                })?;
+                match iscsi::probe(&attachment.connection.iscsi.portals).await {
+                    Ok(_) => {}
+                    // The host answers, and says that nobody listens.
+                    Err(error) if error.is_refused() => {}
+                    Err(error) => {
+                        let next = "the guest's last writes may still reach the storage: bring the storage host back, \
+                                    then detach again";
+                        return Err(Failure::from(error).next(next));
+                    }
+                }
                 if buffered(attachment.options.cache) {
                     return Err(Failure::new(
                         Reason::FlushFailed,

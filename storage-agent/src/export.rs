@@ -319,8 +319,12 @@ impl Exports {
         let removing = ExportRecord { id, phase: Phase::Unexporting, export: Some(export) };
         self.write(steps, "write-journal", &removing).await?;
         self.take_away(steps, id, &iqn).await?;
-        self.write(steps, "close-journal", &ExportRecord::ended(id)).await?;
-        self.claims.release(&place, Claim::Export(id));
+        let closed = self.write(steps, "close-journal", &ExportRecord::ended(id)).await;
+        // What the journal has as ended has nothing any more, whatever became of the step.
+        if self.journal.get(&id.to_string()).is_some_and(|record| record.phase == Phase::Ended) {
+            self.claims.release(&place, Claim::Export(id));
+        }
+        closed?;
         tracing::info!(volume = %volume, "unexported");
         Ok(steps.report(Outcome::Removed))
     }

@@ -5,6 +5,7 @@
 //! [`Lab::guest`], and goes back to a saved state with [`Lab::restore`]. Not here: anything that ships.
 
 pub mod agents;
+pub mod bench;
 pub mod cache;
 pub mod guest;
 pub mod host;

@@ -112,6 +112,17 @@ impl Tether {
         Ok(ComputeAgentClient::new(self.channel("compute", self.compute_port, false).await?))
     }
 
+    /// Both agents' connections by service name, for other services than Tether's own.
+    ///
+    /// # Errors
+    /// When an agent cannot be reached.
+    pub async fn channels(&self) -> anyhow::Result<[(&'static str, Channel); 2]> {
+        Ok([
+            ("StorageAgent", self.channel("storage", self.storage_port, true).await?),
+            ("ComputeAgent", self.channel("compute", self.compute_port, true).await?),
+        ])
+    }
+
     async fn channel(&self, name: &str, port: u16, with_certificate: bool) -> anyhow::Result<Channel> {
         let read = |file: &str| std::fs::read(self.pki.join(file)).with_context(|| file.to_owned());
         let mut tls =

@@ -17,12 +17,33 @@ const PROBE_DEADLINE: Duration = Duration::from_secs(3);
 /// iscsiadm gives up by itself: login_timeout of 5 s and one retry; 30 s is its wait for the database lock (F24).
 const IN_ALL: Duration = Duration::from_secs(45);
 
+/// How a portal did not answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Silence {
+    /// Its host is there, and nobody listens.
+    #[error("refused")]
+    Refused,
+    /// Nothing came back.
+    #[error("no answer in {} s", PROBE_DEADLINE.as_secs())]
+    Deadline,
+    /// The system says why not.
+    #[error("{0}")]
+    Other(std::io::Error),
+}
+
+impl IscsiError {
+    /// Is the storage host there, without a portal?
+    pub(crate) fn is_refused(&self) -> bool {
+        matches!(self, Self::Unreachable { portals } if portals.iter().any(|(_, why)| matches!(why, Silence::Refused)))
+    }
+}
+
 /// Why a target cannot be reached.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum IscsiError {
     /// No portal answered.
     #[error("no portal answers: {}", portals.iter().map(|(portal, why)| format!("{portal} ({why})")).collect::<Vec<_>>().join(", "))]
-    Unreachable { portals: Vec<(Portal, String)> },
+    Unreachable { portals: Vec<(Portal, Silence)> },
     /// The target refused name or secret.
     #[error("target {target} at {portal} refused the login: {detail}")]
     Rejected { target: Iqn, portal: Portal, detail: String },
@@ -92,8 +113,9 @@ pub(crate) async fn probe(portals: &[Portal]) -> Result<Portal, IscsiError> {
             let answer = timeout(PROBE_DEADLINE, TcpStream::connect(portal.socket_address())).await;
             let why = match answer {
                 Ok(Ok(_)) => return Ok(portal),
-                Ok(Err(error)) => error.to_string(),
-                Err(_) => format!("no answer in {} s", PROBE_DEADLINE.as_secs()),
+                Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => Silence::Refused,
+                Ok(Err(error)) => Silence::Other(error),
+                Err(_) => Silence::Deadline,
             };
             Err((portal, why))
         });
@@ -102,12 +124,14 @@ pub(crate) async fn probe(portals: &[Portal]) -> Result<Portal, IscsiError> {
     while let Some(answer) = probes.join_next().await {
         match answer {
             Ok(Ok(portal)) => return Ok(portal),
-            Ok(Err((portal, why))) => drop(failed.insert(portal, why)),
+            Ok(Err((portal, why))) => {
+                failed.insert(portal, why);
+            }
             // A probe that panicked answered nothing.
             Err(error) => tracing::error!(%error, "portal probe"),
         }
     }
-    let told = portals.iter().map(|portal| (*portal, failed.remove(portal).unwrap_or_default())).collect();
+    let told = portals.iter().filter_map(|portal| Some((*portal, failed.remove(portal)?))).collect();
     Err(IscsiError::Unreachable { portals: told })
 }
 
@@ -198,7 +222,7 @@ mod tests {
         let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let dead: Portal = closed.local_addr().unwrap().to_string().parse().unwrap();
         drop(closed);
-        assert!(matches!(probe(&[dead]).await, Err(IscsiError::Unreachable { .. })));
+        assert!(probe(&[dead]).await.unwrap_err().is_refused());
         assert_eq!(probe(&[dead, alive]).await.unwrap(), alive);
     }
 

@@ -13,7 +13,7 @@ use serde_json::json;
 use tether_tests::instance::{self, Instance};
 use tether_tests::progress::say;
 use tether_tests::qemu::MACHINES;
-use tether_tests::{Lab, Options, State, Tether, cache, lab};
+use tether_tests::{Lab, Options, State, Tether, bench, cache, lab};
 
 /// Two emulated hosts with real LVM, LIO, open-iscsi and libvirt, and Linux guests, to try Tether on.
 ///
@@ -69,6 +69,15 @@ enum Verb {
     },
     /// Install the agents that were built beside this command on both hosts, and print how to reach them.
     Install,
+    /// Time Tether beside the same calls by hand, in a lab of its own; fails when it is over its limits.
+    Bench {
+        /// How often each is timed, 7 or more.
+        #[arg(long, default_value_t = 9)]
+        rounds: usize,
+        /// For scripts.
+        #[arg(long)]
+        json: bool,
+    },
     /// Save both hosts, memory and disks, under a name.
     Save {
         /// 1 to 24 of a-z, 0-9 and '-'.
@@ -132,6 +141,16 @@ async fn run(cli: &Cli) -> anyhow::Result<()> {
         }
         Verb::Install => {
             println!("{}", Tether::install(&Lab::running(name).await?).await?.typed());
+            Ok(())
+        }
+        Verb::Bench { rounds, json } => {
+            let results = bench::run(*rounds).await?;
+            if *json {
+                println!("{}", serde_json::to_string_pretty(&results)?);
+            } else {
+                print!("{results}");
+            }
+            anyhow::ensure!(results.within_limits(), "over the limits");
             Ok(())
         }
         Verb::Save { state } => Lab::running(name).await?.save(state).await,

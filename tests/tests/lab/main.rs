@@ -20,6 +20,7 @@ mod parallel;
 mod portals;
 mod repetition;
 mod security;
+mod surface;
 
 use std::time::Duration;
 
