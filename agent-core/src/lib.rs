@@ -14,4 +14,5 @@ pub mod journal;
 pub mod operations;
 pub mod server;
 pub mod services;
+pub mod steps;
 pub mod tls;

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
-use tether_agent_core::operations::Steps;
+use tether_agent_core::steps::Steps;
 use tether_proto::wire::{AttachmentStatus, Outcome};
 use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, DiskOptions, DomainName};
 

@@ -18,7 +18,8 @@ use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::journal::Journal;
-use tether_agent_core::operations::{Operations, Steps};
+use tether_agent_core::operations::Operations;
+use tether_agent_core::steps::Steps;
 use tether_proto::wire::{self, OperationReport};
 use tether_proto::{AttachmentId, ConnectionInfo, Connector, DiskOptions, DomainName};
 use tokio::sync::OnceCell;

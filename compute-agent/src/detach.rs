@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
-use tether_agent_core::operations::{Steps, blocking};
+use tether_agent_core::steps::{Steps, blocking};
 use tether_proto::wire::Outcome;
 use tether_proto::{AttachmentId, DiskCache};
 

@@ -13,7 +13,8 @@ use std::sync::Arc;
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::journal::Journal;
-use tether_agent_core::operations::{KERNEL_DEADLINE, Operations, Steps, blocking};
+use tether_agent_core::operations::Operations;
+use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
 use tether_proto::wire::{OperationReport, Outcome};
 use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, Connector, Iqn, VolumeKey};
 

@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use tether_agent_core::failure::{Failure, Reason};
-use tether_agent_core::operations::{Operations, Steps, blocking};
+use tether_agent_core::operations::Operations;
+use tether_agent_core::steps::{Steps, blocking};
 use tether_proto::wire::{OperationReport, Outcome};
 use tether_proto::{AttachmentId, ByteSize, PoolName, VolumeKey};
 

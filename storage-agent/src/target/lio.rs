@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tether_agent_core::command::CommandLine;
 use tether_agent_core::failure::{Failure, Reason};
-use tether_agent_core::operations::{KERNEL_DEADLINE, blocking};
+use tether_agent_core::steps::{KERNEL_DEADLINE, blocking};
 use tether_proto::{AccessMode, AttachmentId, Iqn, Portal, Secret};
 
 use super::configfs::{self, ConfigfsError};
