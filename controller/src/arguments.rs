@@ -43,7 +43,7 @@ pub(crate) struct Arguments {
     pub(crate) quiet: bool,
     /// How long the command may take. The agents go on with what they were told.
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "SECONDS", default_value_t = 120,
-          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+          value_parser = clap::value_parser!(u64).range(1..=3_600))]
     pub(crate) timeout: u64,
     #[command(subcommand)]
     pub(crate) verb: Verb,
@@ -189,7 +189,7 @@ pub(crate) struct Detach {
     #[arg(value_name = "DOMAIN")]
     pub(crate) domain: Option<DomainName>,
     /// How long the guest may take to let go of the disk, on top of --timeout [default: the agent's].
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3_600))]
     pub(crate) guest_timeout: Option<u64>,
 }
 
