@@ -25,13 +25,13 @@ fn main() -> ExitCode {
         |config: config::Config, shutdown| async {
             let attachments = Arc::new(attachments::Attachments::open(&config)?);
             // The first attach does not wait for the connection to libvirt; an agent whose libvirt is away starts all the same.
-        let first = attachments.clone();
-        tokio::spawn(async move {
-            if let Err(error) = first.connector().await {
-                tracing::warn!(%error, "this host has no connector yet");
-            }
-        });
-        let operations = vec![attachments.operations().clone()];
+            let first = attachments.clone();
+            tokio::spawn(async move {
+                if let Err(error) = first.connector().await {
+                    tracing::warn!(%error, "this host has no connector yet");
+                }
+            });
+            let operations = vec![attachments.operations().clone()];
             let service = service::Service::new(attachments, shutdown);
             let routes = services::with_health_and_reflection(ComputeAgentServer::new(service)).await?;
             Ok(daemon::Agent { config, routes, operations })

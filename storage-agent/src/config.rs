@@ -32,7 +32,8 @@ pub(crate) struct Config {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Iscsi {
-    /// Addresses of this host on the storage network, each with its port. Every export listens on all of them.
+    /// Addresses of this host on the storage network, each with its port. An export listens on those
+    /// that the host has when it is made.
     pub(crate) portals: Vec<Portal>,
     /// What each target's name begins with; `:` and the attachment id follow. Unique to this host.
     pub(crate) iqn_prefix: Iqn,
