@@ -10,10 +10,12 @@ use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::steps::Steps;
 use tether_proto::wire::{AttachmentStatus, Outcome};
 use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, DiskOptions, DomainName};
+use virt::error::ErrorNumber;
 
 use crate::attachments::{Attachments, Views, unreadable};
 use crate::hypervisor::domain_xml::{DiskPlan, PlaceError, alias_of, choose_place, disk_element};
 use crate::hypervisor::libvirt::{Affect, DomainState, LibvirtError};
+use crate::initiator::iscsi::IscsiError;
 use crate::initiator::session::Session;
 use crate::initiator::{device, iscsi, node_record};
 use crate::record::{Attachment, AttachmentRecord, Phase};
@@ -43,6 +45,9 @@ impl Attachments {
         };
         check_domain(id, &attachment, &state)?;
         let fresh = phase.is_none();
+        if fresh {
+            self.check_journal()?;
+        }
         self.claim(id, &attachment)?;
         if fresh && let Err(failure) = self.check_nobody_elses(&attachment) {
             self.release(id);
@@ -56,7 +61,12 @@ impl Attachments {
                     AttachmentRecord { id, phase: Phase::Attaching, attachment: Some(attachment.clone()) };
                 self.write(steps, "write-journal", &record).await?;
             }
-            let (changed, views) = self.converge(steps, id, &mut attachment, fresh).await?;
+            let known = Known {
+                fresh,
+                in_live: Views::of(&state)?.in_live(id),
+                phase: phase.unwrap_or(Phase::Attaching),
+            };
+            let (changed, views) = self.converge(steps, id, &mut attachment, known).await?;
             if phase != Some(Phase::Attached) {
                 let record =
                     AttachmentRecord { id, phase: Phase::Attached, attachment: Some(attachment.clone()) };
@@ -102,9 +112,9 @@ impl Attachments {
         steps: &Steps,
         id: AttachmentId,
         attachment: &mut Attachment,
-        fresh: bool,
+        known: Known,
     ) -> Result<(bool, Views), Failure> {
-        let (session, connected) = self.connect(steps, attachment, fresh).await?;
+        let (session, connected) = self.connect(steps, id, attachment, known).await?;
         let disk = self.find_disk(steps, &session).await?;
         let (wwn, size) = (attachment.connection.iscsi.wwn, attachment.connection.size);
         let (sysfs, verified, name) = (self.sysfs.clone(), session, disk.clone());
@@ -125,7 +135,8 @@ impl Attachments {
                 })
             })
             .await?;
-        let (plugged, views) = self.plug(steps, id, attachment, path.display().to_string()).await?;
+        let (plugged, views) =
+            self.plug(steps, id, attachment, known.phase, path.display().to_string()).await?;
         Ok((connected || plugged, views))
     }
 
@@ -133,12 +144,15 @@ impl Attachments {
     async fn connect(
         &self,
         steps: &Steps,
+        id: AttachmentId,
         attachment: &Attachment,
-        fresh: bool,
+        known: Known,
     ) -> Result<(Session, bool), Failure> {
         let iscsi = attachment.connection.iscsi.clone();
         let target = iscsi.target_iqn.clone();
-        if !fresh && let Some(session) = self.sysfs.find_session(&target).map_err(unreadable)? {
+        if !known.fresh
+            && let Some(session) = self.sysfs.find_session(&target).map_err(unreadable)?
+        {
             if session.logged_in().map_err(unreadable)? {
                 return Ok((session, false));
             }
@@ -148,6 +162,15 @@ impl Attachments {
             )
             .at("login"));
         }
+        if known.in_live {
+            // A new session would bring a new device; QEMU holds on to the old one, which is dead.
+            return Err(Failure::new(
+                Reason::DeviceInUse,
+                format!("domain {} still has the disk of a session that has ended", attachment.domain_name),
+            )
+            .at("login")
+            .next(format!("detach it, then attach anew: tether detach {id}")));
+        }
         let portal = steps.run("probe-portals", iscsi::probe(&iscsi.portals)).await?;
         let (nodes, connection) = (self.nodes.clone(), iscsi);
         steps
@@ -156,7 +179,11 @@ impl Attachments {
         let mut events = self.events.subscribe();
         let session = steps
             .run("login", async {
-                iscsi::login(&target, portal).await?;
+                match iscsi::login(&target, portal).await {
+                    // A login that an earlier call began has come to its end meanwhile.
+                    Err(IscsiError::SessionExists { .. }) if !known.fresh => {}
+                    outcome => outcome?,
+                }
                 let seen = match events.added("iscsi_session") {
                     Some(paths) => self.sysfs.session_among(&target, &paths).map_err(unreadable)?,
                     None => None,
@@ -201,6 +228,7 @@ impl Attachments {
         steps: &Steps,
         id: AttachmentId,
         attachment: &mut Attachment,
+        phase: Phase,
         device_path: String,
     ) -> Result<(bool, Views), Failure> {
         let uuid = attachment.domain_uuid;
@@ -224,10 +252,14 @@ impl Attachments {
             plan(id, attachment, &views, device_path, affect).map_err(|failure| failure.at("plan-disk"))?;
         let element = disk_element(&plan).map_err(|error| Failure::from(error).at("plan-disk"))?;
         attachment.plan = Some(plan);
+        // Where the disk goes is on disk before it goes there: whoever takes it away later knows that it was plugged in.
+        let record = AttachmentRecord { id, phase, attachment: Some(attachment.clone()) };
+        self.write(steps, "write-plan", &record).await?;
         let turn = steps
             .run("hot-plug", async {
                 self.libvirt.attach(uuid, element, affect, turn).await.map_err(|error| match error {
                     LibvirtError::Deadline { .. } => unknown(&error),
+                    LibvirtError::Refused { code, .. } if is_lost_connection(code) => unknown(&error),
                     other => Failure::from(other),
                 })
             })
@@ -279,16 +311,31 @@ impl Attachments {
         attachment: Attachment,
         mut failure: Failure,
     ) -> Failure {
-        if failure.reason == Reason::OutcomeUnknown {
+        if matches!(failure.reason, Reason::OutcomeUnknown | Reason::Stuck) {
             // What may still be coming must find its storage, and its record.
             failure.undo.push("nothing was undone: the call may still succeed".to_owned());
             return failure;
+        }
+        if failure.reason == Reason::NotOurs {
+            // The session is somebody else's; only the node record is ours.
+            let (nodes, target) = (self.nodes.clone(), attachment.connection.iscsi.target_iqn.clone());
+            let deleted =
+                steps.run_blocking("delete-node-record", move || node_record::delete(&nodes, &target)).await;
+            if let Err(error) = deleted {
+                failure.undo.push(error.to_string());
+            }
+            return self.forget(steps, id, failure).await;
         }
         if let Err(error) = self.take_away(steps, id, &attachment, self.guest_deadline).await {
             let step = error.step.unwrap_or("undo");
             failure.undo.push(format!("{step}: {error}"));
             return failure;
         }
+        self.forget(steps, id, failure).await
+    }
+
+    /// The last step of an undo: no record, no claim.
+    async fn forget(&self, steps: &Steps, id: AttachmentId, mut failure: Failure) -> Failure {
         let (journal, key) = (self.journal.clone(), id.to_string());
         if let Err(error) = steps.run_blocking("undo-write-journal", move || journal.remove(&key)).await {
             failure.undo.push(error.to_string());
@@ -297,6 +344,23 @@ impl Attachments {
         self.release(id);
         failure
     }
+}
+
+/// What is known before the first step.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    /// The id was never used before.
+    fresh: bool,
+    /// The running domain has the disk.
+    in_live: bool,
+    /// Where the attachment is in its life; the journal keeps it until all is done.
+    phase: Phase,
+}
+
+/// Did the connection to libvirt break during a call?
+fn is_lost_connection(code: ErrorNumber) -> bool {
+    use ErrorNumber::{GnutlsError, InvalidConn, NoConnect, OperationTimeout, Rpc, SystemError};
+    matches!(code, GnutlsError | InvalidConn | NoConnect | OperationTimeout | Rpc | SystemError)
 }
 
 /// Nobody knows whether it was done, or will be.

@@ -234,6 +234,18 @@ impl Attachments {
         Ok(())
     }
 
+    /// A damaged file may be the record of any attachment that we do not know: until somebody has looked, none of those is
+    /// taken for new or for gone.
+    pub(crate) fn check_journal(&self) -> Result<(), Failure> {
+        let Some(file) = self.journal.damaged().first() else { return Ok(()) };
+        Err(Failure::new(
+            Reason::JournalFailed,
+            format!("the journal has a damaged file, {}, which may be this attachment's", file.display()),
+        )
+        .at("validate")
+        .next("repair the file or, when its disk is in no domain and its session is gone, delete it; then restart the agent"))
+    }
+
     /// Gives back what an attachment had.
     pub(crate) fn release(&self, id: AttachmentId) {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, holder| *holder != id);

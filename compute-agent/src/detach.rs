@@ -38,9 +38,11 @@ impl Attachments {
         let recorded = self.journal.get(&id.to_string());
         let Some(AttachmentRecord { phase, attachment: Some(attachment), .. }) = recorded else {
             if recorded.is_none() {
+                self.check_journal()?;
                 // A late Attach with this id must find it spent (rule 3).
                 self.write(steps, "write-journal", &AttachmentRecord::ended(id)).await?;
             }
+            self.release(id);
             return Ok(Outcome::Unchanged);
         };
         if phase != Phase::Detaching {
@@ -67,15 +69,20 @@ impl Attachments {
         attachment: &Attachment,
         guest_deadline: Duration,
     ) -> Result<(), Failure> {
-        self.give_up_lost_session(steps, attachment).await?;
+        self.give_up_lost_session(steps, id, attachment).await?;
         let was_plugged = self.unplug(steps, id, attachment, guest_deadline).await?;
         self.disconnect(steps, attachment, was_plugged || attachment.plan.is_some()).await
     }
 
     /// A session that is lost holds every I/O until its timeout, and QEMU with it: it would not let go of the disk.
-    /// When the storage host is there and the target is not, nothing will come back, and the session is ended first
-    /// (F17). When the storage host is away, nobody knows, and nothing is taken away.
-    async fn give_up_lost_session(&self, steps: &Steps, attachment: &Attachment) -> Result<(), Failure> {
+    /// When the storage host answers and still the session does not come back, its target is gone, and the session is
+    /// ended first (F17). When the storage host is away, nobody knows, and nothing is taken away.
+    async fn give_up_lost_session(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: &Attachment,
+    ) -> Result<(), Failure> {
         let target = &attachment.connection.iscsi.target_iqn;
         let lost = || {
             Ok::<_, Failure>(match self.sysfs.find_session(target).map_err(unreadable)? {
@@ -86,14 +93,13 @@ impl Attachments {
         let Some(session) = lost()? else { return Ok(()) };
         steps
             .run("end-lost-session", async {
-                // open-iscsi tries again every few seconds; a target that is there would have it back by then.
                 let back = || matches!(lost(), Ok(None)).then_some(());
                 if self.events.subscribe().wait_until(RECOVERY_DEADLINE, back).await.is_some() {
                     return Ok(());
                 }
                 match iscsi::probe(&attachment.connection.iscsi.portals).await {
                     Ok(_) => {}
-                    // The host answers, and says that nobody listens.
+                    // The host answers on every portal, and says that nobody listens.
                     Err(error) if error.is_refused() => {}
                     Err(error) => {
                         let next = "the guest's last writes may still reach the storage: bring the storage host back, \
@@ -101,12 +107,20 @@ impl Attachments {
                         return Err(Failure::from(error).next(next));
                     }
                 }
-                if buffered(attachment.options.cache) {
+                // open-iscsi tries again every few seconds; a target that is there has its session back by now.
+                if self.events.subscribe().wait_until(RECOVERY_DEADLINE, back).await.is_some() {
+                    return Ok(());
+                }
+                if buffered(attachment.options.cache) && attachment.plan.is_some() {
                     return Err(Failure::new(
                         Reason::FlushFailed,
                         format!("target {target} is gone, and the host may hold writes that are not on the storage"),
                     )
-                    .next("export the volume again under this id if that can be, then detach again"));
+                    .next(format!(
+                        "bring the target back, then detach again; or give those writes up: on the compute host \
+                         iscsiadm -m session -r {} -u, then tether detach {id}",
+                        session.number()
+                    )));
                 }
                 // With cache none or directsync the host holds nothing back: what the guest was told is written is on
                 // the storage host, and what was not, the guest is told now.
@@ -204,6 +218,12 @@ impl Attachments {
         was_plugged: bool,
     ) -> Result<(), Failure> {
         let target = &attachment.connection.iscsi.target_iqn;
+        if was_plugged
+            && buffered(attachment.options.cache)
+            && self.sysfs.find_session(target).map_err(unreadable)?.is_none()
+        {
+            tracing::error!(%target, "the session was ended before the flush: writes that the host held are lost");
+        }
         while let Some(session) = self.sysfs.find_session(target).map_err(unreadable)? {
             if !session.logged_in().map_err(unreadable)? {
                 return Err(Failure::new(

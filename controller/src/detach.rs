@@ -177,10 +177,20 @@ impl Verb<'_> {
             let connector =
                 self.session.call(agent).read(client.get_connector(wire::GetConnectorRequest {})).await;
             if connector.is_ok_and(|connector| connector.initiator_iqn == export.initiator_iqn) {
-                return match export.connected && !silent.is_empty() {
-                    true => Err(self.in_use(export, &silent)),
-                    false => Ok(Some(agent.clone())),
-                };
+                if !export.connected {
+                    return Ok(Some(agent.clone()));
+                }
+                // The agent writes its record before it logs in: a session without one may be under a guest's disk.
+                let message = format!(
+                    "{} is connected to the export, and its agent has no record of the attachment; the export stays",
+                    agent.name()
+                );
+                return Err(Failure::new(Code::FailedPrecondition, "EXPORT_IN_USE", message).next(format!(
+                    "see on {} what uses it (virsh domblklist, iscsiadm -m session -P 3) and end the session there; then \
+                     type: tether detach {}",
+                    agent.name(),
+                    self.id
+                )));
             }
         }
         match export.connected || !silent.is_empty() {

@@ -56,7 +56,10 @@ impl Exports {
         let claims = Claims::default();
         for record in journal.list() {
             if let Some(export) = record.export.filter(|_| record.phase != Phase::Ended) {
-                claims.claim(export.place(), Claim::Export(record.id))?;
+                // Two records of one volume are a defect, but none that should keep the others from being served.
+                if let Err(clash) = claims.claim(export.place(), Claim::Export(record.id)) {
+                    tracing::error!(attachment = %record.id, %clash, "the journal has two exports of one volume");
+                }
             }
         }
         let lio = Lio::at(lio::ROOT);
@@ -138,7 +141,7 @@ impl Exports {
         };
         let (lio, iqn) = (self.lio.clone(), export.connection.iscsi.target_iqn.clone());
         let initiator = export.connector.initiator_iqn.clone();
-        let look = move || Ok::<_, Failure>((lio.enabled(&iqn), lio.connected(&iqn, &initiator)));
+        let look = move || Ok::<_, Failure>((lio.enabled(&iqn)?, lio.connected(&iqn, &initiator)?));
         let (enabled, connected) = blocking(KERNEL_DEADLINE, look).await?;
         Ok(ExportView { id, phase, export: Some(export), enabled, connected })
     }
@@ -209,12 +212,10 @@ impl Exports {
     ) -> Result<(ConnectionInfo, OperationReport), Failure> {
         let was_exported = record.phase == Phase::Exported;
         let id = record.id;
-        let Some(export) = record.export.as_mut() else {
+        let Some(export) = record.export.clone() else {
             return Err(Failure::new(Reason::Internal, format!("the record of {id} is empty")));
         };
         export.check_identity(id, identity)?;
-        export.connection.size = identity.size;
-        let export = export.clone();
         let iqn = export.connection.iscsi.target_iqn.clone();
         let lio = self.lio.clone();
         let there = steps.run("make-ready", async move { lio.make_ready().await?.exists(iqn).await }).await?;
@@ -250,6 +251,11 @@ impl Exports {
                 Ok((export.connection, steps.report(outcome)))
             }
             Err(failure) if was_exported => Err(failure),
+            // What the kernel may still do must find its record.
+            Err(mut failure) if failure.reason == Reason::Stuck => {
+                failure.undo.push("nothing was undone: the kernel may still do it".to_owned());
+                Err(failure)
+            }
             Err(failure) => Err(self.undo(steps, id, &export, failure).await),
         }
     }

@@ -200,9 +200,15 @@ impl Volumes {
             Provisioning::Thin => self.create_thin(steps, lvm, key, size, room.largest).await,
             Provisioning::Thick => self.create_thick(steps, lvm, key, size, room.largest).await,
         };
+        let verified = match made {
+            Ok(outcome) => match steps.run("verify-volume", self.get(key)).await {
+                Ok(view) => Ok((outcome, view)),
+                Err(failure) => Err(self.undo_create(steps, lvm, key.volume.as_str(), failure).await),
+            },
+            Err(failure) => Err(failure),
+        };
         self.claims.release(&place, Claim::Creation);
-        let outcome = made?;
-        let view = steps.run("verify-volume", self.get(key)).await?;
+        let (outcome, view) = verified?;
         tracing::info!(volume = %key, bytes = view.identity.size.bytes(), "volume created");
         Ok((view, steps.report(outcome)))
     }

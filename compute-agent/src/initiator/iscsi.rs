@@ -32,9 +32,9 @@ pub(crate) enum Silence {
 }
 
 impl IscsiError {
-    /// Is the storage host there, without a portal?
+    /// Is the storage host there on every portal, and nobody listens?
     pub(crate) fn is_refused(&self) -> bool {
-        matches!(self, Self::Unreachable { portals } if portals.iter().any(|(_, why)| matches!(why, Silence::Refused)))
+        matches!(self, Self::Unreachable { portals } if portals.iter().all(|(_, why)| matches!(why, Silence::Refused)))
     }
 }
 

@@ -63,6 +63,16 @@ pub(crate) fn read(path: &Path) -> Result<String, ConfigfsError> {
     Ok(text.trim_end_matches(['\n', '\0']).to_owned())
 }
 
+/// Reads an attribute of an object that may not be there. Not to be able to look is an error, and never absence.
+pub(crate) fn read_if_there(path: &Path) -> Result<Option<String>, ConfigfsError> {
+    if is_there(path)? { read(path).map(Some) } else { Ok(None) }
+}
+
+/// Is there such an object or attribute?
+pub(crate) fn is_there(path: &Path) -> Result<bool, ConfigfsError> {
+    path.try_exists().map_err(fail("looking for", path))
+}
+
 /// Writes an attribute unless it holds the value already, and reads it back. True when it was written.
 pub(crate) fn ensure(path: &Path, value: &str) -> Result<bool, ConfigfsError> {
     if read(path)? == value {
@@ -133,9 +143,5 @@ fn gone(outcome: io::Result<()>, path: &Path) -> Result<bool, ConfigfsError> {
 
 /// Checks that nothing is at a path any more.
 pub(crate) fn prove_gone(path: &Path) -> Result<(), ConfigfsError> {
-    match path.symlink_metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Ok(_) => Err(ConfigfsError::StillThere { path: path.to_owned() }),
-        Err(error) => Err(fail("looking for", path)(error)),
-    }
+    if is_there(path)? { Err(ConfigfsError::StillThere { path: path.to_owned() }) } else { Ok(()) }
 }

@@ -108,7 +108,7 @@ impl Lio {
     /// Is there a target of this name, whoever made it?
     pub(crate) async fn exists(&self, iqn: Iqn) -> Result<bool, Failure> {
         let path = self.target(&iqn);
-        blocking(KERNEL_DEADLINE, move || Ok::<_, Failure>(path.exists())).await
+        blocking(KERNEL_DEADLINE, move || configfs::is_there(&path)).await
     }
 
     /// Backstore: the device with its unit serial, enabled. The kernel opens it for itself alone, so a device that
@@ -195,7 +195,7 @@ impl Lio {
     pub(crate) fn fence(&self, iqn: &Iqn) -> Result<bool, ConfigfsError> {
         let enable = self.group(iqn).join("enable");
         // A target or portal group that was never made has nobody to cut off.
-        if !enable.exists() {
+        if !configfs::is_there(&enable)? {
             return Ok(false);
         }
         configfs::ensure(&enable, "0")
@@ -228,15 +228,15 @@ impl Lio {
     }
 
     /// Is the target enabled?
-    pub(crate) fn enabled(&self, iqn: &Iqn) -> bool {
-        configfs::read(&self.group(iqn).join("enable")).is_ok_and(|value| value == "1")
+    pub(crate) fn enabled(&self, iqn: &Iqn) -> Result<bool, ConfigfsError> {
+        Ok(configfs::read_if_there(&self.group(iqn).join("enable"))?.as_deref() == Some("1"))
     }
 
     /// Is the initiator logged in?
-    pub(crate) fn connected(&self, iqn: &Iqn, initiator: &Iqn) -> bool {
+    pub(crate) fn connected(&self, iqn: &Iqn, initiator: &Iqn) -> Result<bool, ConfigfsError> {
         // lio_target_nacl_info_show: "No active iSCSI Session for Initiator Endpoint: …" or a description of it.
-        configfs::read(&self.acl(iqn, initiator).join("info"))
-            .is_ok_and(|info| !info.is_empty() && !info.starts_with("No active iSCSI Session"))
+        let info = configfs::read_if_there(&self.acl(iqn, initiator).join("info"))?;
+        Ok(info.is_some_and(|info| !info.is_empty() && !info.starts_with("No active iSCSI Session")))
     }
 
     fn hba(&self) -> PathBuf {

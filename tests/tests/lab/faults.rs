@@ -115,7 +115,11 @@ async fn create_failing_at_any_step_leaves_no_volume() {
     let fixture = Fixture::new().await;
     let free = "vgs --noheadings -o vg_free --units b tether";
     let before = fixture.lab.storage.run(free).await.unwrap();
-    for step in ["check-pool", "create-volume", "wipe-volume", "name-volume"] {
+    let good = fixture.tether.json(&["volume", "create", "thick/good", "16M"]).await.unwrap();
+    fixture.tether.json(&["volume", "delete", "thick/good"]).await.unwrap();
+    let steps = steps(&good["report"]);
+    assert!(steps.len() >= 5, "{steps:?}");
+    for step in &steps {
         for moment in ["before", "after"] {
             plant(&fixture.lab.storage, step, moment).await;
             let (_, error) = fixture.tether.error(&["volume", "create", "thick/never", "16M"]).await.unwrap();

@@ -56,7 +56,8 @@ async fn f23_a_dead_target_fails_soon_and_holds_up_nobody() {
     assert_eq!((reason.as_str(), step.as_str()), ("PORTAL_UNREACHABLE", "probe-portals"), "{refused:?}");
     assert!(refused.message().contains(BLACK_HOLE) && next.contains("firewall"), "{refused:?}");
     assert!(took < Duration::from_secs(10), "{took:?}");
-    println!("a dead target failed after {took:?}; the healthy attach beside it took {healthy_took:?}");
+    // The dead one is given 3 s for its probe; who waited for it would be later than that and its own time.
+    assert!(healthy_took < took + Duration::from_secs(3), "{healthy_took:?} beside {took:?}");
     fixture.sees("c2", &serial).await;
     unexport(&fixture, &dead).await;
     fixture.tether.json(&["detach", "thick/healthy", "c2"]).await.unwrap();

@@ -101,6 +101,43 @@ async fn f7_a_volume_has_one_writer_also_after_a_restart() {
     fixture.assert_nothing_left("at the end").await;
 }
 
+/// Two attachments cannot share a target: the second would share the session, and end it under the first.
+#[tokio::test]
+#[ignore = "lab"]
+async fn f7_a_target_has_one_attachment_on_a_host() {
+    let fixture = Fixture::new().await;
+    let serial = text(&fixture.volume("thick/shared").await, "/serial").to_owned();
+    let (id, info) = export(&fixture, "thick/shared").await;
+    attach_with(&fixture, &id, "c2", info.clone()).await.unwrap();
+    let second = attach_with(&fixture, &crate::new_id(), "c3", info.clone()).await.unwrap_err();
+    assert_eq!(reason(&second).0, "TARGET_ATTACHED", "{second:?}");
+    assert!(second.message().contains(&id), "{second:?}");
+    fixture.lab.compute.run("systemctl restart tether-compute-agent").await.unwrap();
+    let second = attach_with(&fixture, &crate::new_id(), "c3", info).await.unwrap_err();
+    assert_eq!(reason(&second).0, "TARGET_ATTACHED", "after a restart: {second:?}");
+    let disk = fixture.sees("c2", &serial).await;
+    fixture.lab.guest("c2").unwrap().write(&disk, "mine", 1 << 20).await.unwrap();
+    fixture.tether.json(&["detach", &id]).await.unwrap();
+    fixture.assert_nothing_left("at the end").await;
+}
+
+/// A session that somebody ended under a guest's disk: a repeated Attach does not call the dead disk repaired.
+#[tokio::test]
+#[ignore = "lab"]
+async fn a_disk_whose_session_was_ended_is_not_called_repaired() {
+    let fixture = Fixture::new().await;
+    fixture.volume("thick/ended").await;
+    let (id, info) = export(&fixture, "thick/ended").await;
+    attach_with(&fixture, &id, "c2", info.clone()).await.unwrap();
+    fixture.lab.compute.run("iscsiadm -m session -u >/dev/null").await.unwrap();
+    let dead = attach_with(&fixture, &id, "c2", info).await.unwrap_err();
+    let (reason, _, next) = reason(&dead);
+    assert_eq!(reason, "DEVICE_IN_USE", "{dead:?}");
+    assert!(next.contains("detach"), "{next}");
+    fixture.tether.json(&["detach", &id]).await.unwrap();
+    fixture.assert_nothing_left("at the end").await;
+}
+
 /// F12: the name is there, a part is missing. A repeated Export puts it right, and a repeated Attach plugs the disk in
 /// again.
 #[tokio::test]
