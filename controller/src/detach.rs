@@ -180,6 +180,9 @@ impl Verb<'_> {
                 if !export.connected {
                     return Ok(Some(agent.clone()));
                 }
+                if !silent.is_empty() {
+                    return Err(self.in_use(export, &silent));
+                }
                 // The agent writes its record before it logs in: a session without one may be under a guest's disk.
                 let message = format!(
                     "{} is connected to the export, and its agent has no record of the attachment; the export stays",
