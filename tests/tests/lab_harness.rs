@@ -55,24 +55,3 @@ async fn a_restored_lab_works_and_a_dropped_one_leaves_nothing_behind() {
     }
     assert!(!instance.runtime.exists() && !instance.disks.exists());
 }
-
-/// A state can be loaded by another QEMU only when no nested guest was running on a processor at that moment.
-#[tokio::test]
-#[ignore = "lab: boots two emulated hosts"]
-async fn a_state_that_was_saved_beside_busy_guests_can_be_loaded() {
-    let lab = Lab::up("busy", OWNED).await.unwrap();
-    let disk = "truncate -s 64M /root/disk && losetup /dev/loop0 /root/disk && printf '%s' \
-        '<disk type=\"block\" device=\"disk\"><driver name=\"qemu\" type=\"raw\"/><source dev=\"/dev/loop0\"/>\
-         <target dev=\"vda\" bus=\"virtio\"/><serial>busy-1</serial></disk>' >/root/disk.xml && \
-        virsh -q attach-device c2 /root/disk.xml --live";
-    lab.compute.run(disk).await.unwrap();
-    let guest = lab.guest("c2").unwrap();
-    let disk = guest.wait_disk("busy-1", Duration::from_secs(10)).await.unwrap();
-    let working = guest.write(&disk, "seed", 4 << 20);
-    let (written, saved) = tokio::join!(working, lab.save("busy"));
-    written.unwrap();
-    saved.unwrap();
-    lab.restore(&State::from("busy")).await.unwrap();
-    lab.guest("c3").unwrap().command("ping").await.unwrap();
-    lab.down().await.unwrap();
-}
