@@ -109,7 +109,7 @@ pub async fn image() -> anyhow::Result<Image> {
 async fn root_tree(key: &str, scripts: &Path, suite: &str) -> anyhow::Result<PathBuf> {
     let debs = cache::folder()?.join("debs");
     cache::entry("root-tree", key, |out| async move {
-        let mirror = mirror_of_machine().await;
+        let mirror = mirror_of_machine().await?;
         let make = as_root(&scripts.join("root-tree"))
             .arg(scripts.join("packages.txt"))
             .args([suite, &mirror])
@@ -167,21 +167,21 @@ fn suite_of(os_release: &str) -> anyhow::Result<String> {
     }
 }
 
-/// The Debian mirror that this machine uses; the official one when apt does not tell.
-async fn mirror_of_machine() -> String {
+/// The Debian mirror that this machine uses.
+async fn mirror_of_machine() -> anyhow::Result<String> {
     let told = CommandLine::new("/usr/bin/apt-get")
         .args(["indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)", "Created-By: Packages"])
         .run()
-        .await
-        .map(|o| o.stdout)
-        .unwrap_or_default();
+        .await?
+        .stdout;
     mirror_of(&told)
+        .context("apt knows no Debian mirror: add one to /etc/apt/sources.list, then apt-get update")
 }
 
-fn mirror_of(index_targets: &str) -> String {
+fn mirror_of(index_targets: &str) -> Option<String> {
     let plain = |uri: &&str| uri.starts_with("http://") || uri.starts_with("https://");
     let mut mirrors = index_targets.lines().filter_map(|l| l.strip_prefix("Debian Debian ")).filter(plain);
-    mirrors.next().unwrap_or("http://deb.debian.org/debian").trim_end_matches('/').to_string()
+    Some(mirrors.next()?.trim_end_matches('/').to_string())
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {
@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn mirror_is_the_machines_own_when_it_is_debians() {
         let told = "Debian Debian-Security http://x/debian-security/\nDebian Debian http://mirror/debian/\n";
-        assert_eq!(mirror_of(told), "http://mirror/debian");
-        assert_eq!(mirror_of("Other Other https://example.org/"), "http://deb.debian.org/debian");
+        assert_eq!(mirror_of(told).as_deref(), Some("http://mirror/debian"));
+        assert_eq!(mirror_of("Other Other https://example.org/"), None);
     }
 }
