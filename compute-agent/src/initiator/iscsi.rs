@@ -12,6 +12,8 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 const ISCSIADM: &str = "/sbin/iscsiadm";
+/// Where open-iscsi keeps the lock of its database (LOCK_DIR in its idbm.h).
+const LOCK_DIRECTORY: &str = "/run/lock/iscsi";
 /// How long a portal may take to answer a TCP connect.
 const PROBE_DEADLINE: Duration = Duration::from_secs(3);
 /// iscsiadm gives up by itself: login_timeout of 5 s and one retry; 30 s is its wait for the database lock (F24).
@@ -190,6 +192,10 @@ impl Exit {
 }
 
 async fn run(arguments: &[&str]) -> Result<(String, Output), IscsiError> {
+    // After a boot the first iscsiadm makes this folder, and of several at once all but one fail over it.
+    if let Err(error) = std::fs::create_dir_all(LOCK_DIRECTORY) {
+        tracing::debug!(%error, "{LOCK_DIRECTORY} is left to iscsiadm");
+    }
     let command = CommandLine::new(ISCSIADM)
         .args(arguments)
         .deadline(IN_ALL)

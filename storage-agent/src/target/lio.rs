@@ -23,6 +23,11 @@ pub(crate) const PORTAL_GROUP_TAG: u16 = 1;
 const MODULES: [&str; 3] = ["target_core_mod", "target_core_iblock", "iscsi_target_mod"];
 /// The kernel's EBUSY: somebody else has the device open.
 const EBUSY: i32 = 16;
+/// The kernel's EINTR and EINVAL.
+const EINTR: i32 = 4;
+const EINVAL: i32 = 22;
+/// How often a portal is tried again that a signal interrupted.
+const INTERRUPTED_TRIES: usize = 8;
 /// The kernel's EADDRINUSE: something else listens there.
 const EADDRINUSE: i32 = 98;
 
@@ -178,7 +183,15 @@ impl Lio {
         let mut changed = false;
         for portal in &target.portals {
             let path = self.group(&target.iqn).join("np").join(portal.to_string());
-            changed |= configfs::make(&path).map_err(|error| match error.errno() {
+            // A signal that comes while the kernel waits for the group's lock is EINVAL here (`iscsit_get_tpg`), and
+            // says nothing of the portal.
+            let made = (0..INTERRUPTED_TRIES)
+                .find_map(|_| match configfs::make(&path) {
+                    Err(error) if matches!(error.errno(), Some(EINVAL | EINTR)) => None,
+                    outcome => Some(outcome),
+                })
+                .unwrap_or_else(|| configfs::make(&path));
+            changed |= made.map_err(|error| match error.errno() {
                 Some(EADDRINUSE) => Failure::from_error(Reason::PortalUnavailable, &error),
                 _ => error.into(),
             })?;
