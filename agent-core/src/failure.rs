@@ -85,12 +85,32 @@ reasons! {
     ThinPoolNotZeroing = "THIN_POOL_NOT_ZEROING", FailedPrecondition, retry None, "turn zeroing on: lvchange --zero y VG/POOL";
     /// New space could not be wiped.
     WipeFailed = "WIPE_FAILED", Internal, retry None, "see the kernel's log on the storage host, then create it again";
+    /// The new size is less than the present one.
+    ShrinkRefused = "SHRINK_REFUSED", FailedPrecondition, retry None, "ask for more than the volume has: nothing is ever made smaller";
+    /// An extension was cut off, and the new space may show old data.
+    ExtensionUnfinished = "EXTENSION_UNFINISHED", FailedPrecondition, retry None, "finish it: tether volume extend POOL/NAME SIZE";
+    /// The pool's directory cannot be used as it is.
+    PoolUnavailable = "POOL_UNAVAILABLE", FailedPrecondition, retry None, "see on the storage host that the pool's file system is mounted, and writable for root alone";
+    /// A file of a pool could not be made, changed or removed.
+    FileFailed = "FILE_FAILED", Internal, retry None, "see the pool's directory and the kernel's log on the storage host";
+    /// This host does not serve NFS now.
+    NfsServerDown = "NFS_SERVER_DOWN", FailedPrecondition, retry None, "on the storage host: systemctl enable --now nfs-server";
+    /// The directory could not be shared.
+    ShareFailed = "SHARE_FAILED", Internal, retry None, "run the command by hand on the storage host";
+    /// The connector has no address to which the directory may be shared.
+    NoClientAddress = "NO_CLIENT_ADDRESS", FailedPrecondition, retry None, "give the hypervisor an address in [nfs] client_networks of the storage agent's config, or add its network there";
     /// The agent's own record could not be written or read.
     JournalFailed = "JOURNAL_FAILED", Internal, retry None, "see to the disk under the agent's state directory";
     /// The host has no initiator name.
     NoInitiatorName = "NO_INITIATOR_NAME", FailedPrecondition, retry None, "install open-iscsi, or write InitiatorName=iqn... to /etc/iscsi/initiatorname.iscsi";
     /// None of the portals answers.
     PortalUnreachable = "PORTAL_UNREACHABLE", Unavailable, retry Some(5), "see that the storage host is up, and that its portals are not behind a firewall";
+    /// The NFS server does not answer.
+    ServerUnreachable = "SERVER_UNREACHABLE", Unavailable, retry Some(5), "see that the storage host is up, that nfs-server runs there, and that TCP 2049 is not behind a firewall";
+    /// The share could not be mounted.
+    MountFailed = "MOUNT_FAILED", Unavailable, retry Some(5), "run the command by hand on the compute host; see that the storage host shares the directory with it: exportfs -v";
+    /// The volume has not the size that the guest is to see.
+    NotExtended = "NOT_EXTENDED", FailedPrecondition, retry None, "extend the volume on its storage host first: tether volume extend POOL/NAME SIZE";
     /// The target refused the name or the secret.
     ChapRejected = "CHAP_REJECTED", PermissionDenied, retry None, "export again; see that the initiator name is the one that the connector told";
     /// The login failed for another reason.

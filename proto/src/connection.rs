@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, Iqn, ParseError, Portal, Secret, Serial, Wwn, wire};
+use crate::{ByteSize, Iqn, NfsConnection, ParseError, Portal, Secret, Serial, VolumeFormat, Wwn, wire};
 
 /// May the connector write?
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,11 +121,41 @@ pub struct IscsiConnection {
     pub wwn: Wwn,
 }
 
+/// How a volume is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// A target with the volume as LUN 0.
+    Iscsi(IscsiConnection),
+    /// A file in a shared directory.
+    Nfs(NfsConnection),
+}
+
+impl Transport {
+    /// What is in the volume. An LV is the guest's bytes and nothing else.
+    pub fn format(&self) -> VolumeFormat {
+        match self {
+            Self::Iscsi(_) => VolumeFormat::Raw,
+            Self::Nfs(nfs) => nfs.format,
+        }
+    }
+}
+
+impl From<&Transport> for wire::Transport {
+    fn from(transport: &Transport) -> Self {
+        match transport {
+            Transport::Iscsi(_) => Self::Iscsi,
+            Transport::Nfs(_) => Self::Nfs,
+        }
+    }
+}
+
 /// All that a connector needs to reach an export.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionInfo {
-    /// The target. The first transport; another makes this an enum.
-    pub iscsi: IscsiConnection,
+    /// How the volume is reached.
+    #[serde(flatten)]
+    pub transport: Transport,
     /// The volume's size.
     pub size: ByteSize,
     /// May the connector write?
@@ -137,11 +167,14 @@ pub struct ConnectionInfo {
 impl TryFrom<&wire::ConnectionInfo> for ConnectionInfo {
     type Error = ParseError;
     fn try_from(info: &wire::ConnectionInfo) -> Result<Self, ParseError> {
-        let Some(wire::connection_info::Transport::Iscsi(iscsi)) = &info.transport else {
-            return Err(ParseError::missing("connection_info.transport"));
+        use wire::connection_info::Transport as Wire;
+        let transport = match &info.transport {
+            Some(Wire::Iscsi(iscsi)) => Transport::Iscsi(iscsi.try_into()?),
+            Some(Wire::Nfs(nfs)) => Transport::Nfs(nfs.try_into()?),
+            None => return Err(ParseError::missing("connection_info.transport")),
         };
         Ok(Self {
-            iscsi: iscsi.try_into()?,
+            transport,
             size: info.size_bytes.try_into()?,
             access_mode: info.access_mode.try_into()?,
             serial: info.serial.parse()?,
@@ -151,8 +184,12 @@ impl TryFrom<&wire::ConnectionInfo> for ConnectionInfo {
 
 impl From<&ConnectionInfo> for wire::ConnectionInfo {
     fn from(info: &ConnectionInfo) -> Self {
+        use wire::connection_info::Transport as Wire;
         Self {
-            transport: Some(wire::connection_info::Transport::Iscsi((&info.iscsi).into())),
+            transport: Some(match &info.transport {
+                Transport::Iscsi(iscsi) => Wire::Iscsi(iscsi.into()),
+                Transport::Nfs(nfs) => Wire::Nfs(nfs.into()),
+            }),
             size_bytes: info.size.bytes(),
             access_mode: wire::AccessMode::from(info.access_mode).into(),
             serial: info.serial.to_string(),
@@ -242,14 +279,14 @@ mod tests {
                         })
                         .collect::<Option<Vec<Portal>>>()?;
                     Some(ConnectionInfo {
-                        iscsi: IscsiConnection {
+                        transport: Transport::Iscsi(IscsiConnection {
                             target_iqn: format!("iqn.2026-11.io.example:{target}").parse().ok()?,
                             portals,
                             target_portal_group_tag: tag,
                             chap_username: user,
                             chap_secret: Secret::new(secret).ok()?,
                             wwn: wwn.parse().ok()?,
-                        },
+                        }),
                         size: size.try_into().ok()?,
                         access_mode: if read_only { AccessMode::ReadOnly } else { AccessMode::ReadWrite },
                         serial: serial.parse().ok()?,
@@ -262,6 +299,21 @@ mod tests {
         #[test]
         fn connection_info_goes_both_ways(info in any_connection_info()) {
             prop_assert_eq!(ConnectionInfo::try_from(&wire::ConnectionInfo::from(&info)).unwrap(), info);
+        }
+
+        #[test]
+        fn connection_info_over_nfs_goes_both_ways_and_into_a_journal(
+            nfs in crate::nfs::tests::any_nfs_connection(), size in 1u64.., read_only: bool
+        ) {
+            let info = ConnectionInfo {
+                transport: Transport::Nfs(nfs),
+                size: size.try_into().unwrap(),
+                access_mode: if read_only { AccessMode::ReadOnly } else { AccessMode::ReadWrite },
+                serial: "s".parse().unwrap(),
+            };
+            prop_assert_eq!(&ConnectionInfo::try_from(&wire::ConnectionInfo::from(&info)).unwrap(), &info);
+            let text = serde_json::to_string(&info).unwrap();
+            prop_assert_eq!(serde_json::from_str::<ConnectionInfo>(&text).unwrap(), info);
         }
 
         #[test]
@@ -284,6 +336,18 @@ mod tests {
                 chap_username: text.clone(), chap_secret: text.clone(), wwn: text,
             });
         }
+    }
+
+    /// Journals of agents that knew iSCSI alone are still read.
+    #[test]
+    fn a_journal_names_the_transport() {
+        let text = r#"{"iscsi":{"target_iqn":"iqn.2026-11.io.example:x","portals":["10.0.0.1:3260"],
+            "target_portal_group_tag":1,"chap_username":"u","chap_secret":"secret-secret",
+            "wwn":"60014050000000000000000000000001"},"size":4096,"access_mode":"read-write","serial":"s"}"#;
+        let info: ConnectionInfo = serde_json::from_str(text).unwrap();
+        assert!(matches!(&info.transport, Transport::Iscsi(iscsi) if iscsi.target_portal_group_tag == 1));
+        let wanted: serde_json::Value = serde_json::from_str(text).unwrap();
+        assert_eq!(serde_json::to_value(&info).unwrap(), wanted);
     }
 
     #[test]

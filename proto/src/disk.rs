@@ -78,6 +78,13 @@ option_enum!(
     }
 );
 
+impl DiskCache {
+    /// Past the host's page cache?
+    pub fn is_direct(self) -> bool {
+        matches!(self, Self::None | Self::Directsync)
+    }
+}
+
 option_enum!(
     /// libvirt's `<driver io=…>`.
     DiskIo, "io", DiskIo, {
@@ -167,7 +174,7 @@ impl fmt::Display for TargetDevice {
     }
 }
 
-/// How the guest sees the disk, every default filled in.
+/// How the guest sees the disk, every default filled in but the host's I/O.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskOptions {
     /// The bus.
@@ -176,8 +183,8 @@ pub struct DiskOptions {
     pub target_device: Option<TargetDevice>,
     /// Host caching.
     pub cache: DiskCache,
-    /// Host I/O.
-    pub io: DiskIo,
+    /// Host I/O; left out, it follows from what the disk stands on.
+    pub io: Option<DiskIo>,
     /// Discards.
     pub discard: DiskDiscard,
     /// The guest cannot write.
@@ -193,9 +200,9 @@ impl TryFrom<&wire::DiskOptions> for DiskOptions {
     fn try_from(wire: &wire::DiskOptions) -> Result<Self, ParseError> {
         let bus = DiskBus::from_wire(wire.bus)?.unwrap_or(DiskBus::Virtio);
         let cache = DiskCache::from_wire(wire.cache)?.unwrap_or(DiskCache::None);
-        let direct = matches!(cache, DiskCache::None | DiskCache::Directsync);
-        let io = DiskIo::from_wire(wire.io)?.unwrap_or(if direct { DiskIo::Native } else { DiskIo::Threads });
-        if io == DiskIo::Native && !direct {
+        let direct = cache.is_direct();
+        let io = DiskIo::from_wire(wire.io)?;
+        if io == Some(DiskIo::Native) && !direct {
             return Err(ParseError::new("io", "native needs cache none or directsync", cache.as_str()));
         }
         let target_device: Option<TargetDevice> = match wire.target_device.as_str() {
@@ -243,7 +250,7 @@ impl From<&DiskOptions> for wire::DiskOptions {
             bus: wire::DiskBus::from(options.bus).into(),
             target_device: options.target_device.as_ref().map(ToString::to_string).unwrap_or_default(),
             cache: wire::DiskCache::from(options.cache).into(),
-            io: wire::DiskIo::from(options.io).into(),
+            io: options.io.map(|io| wire::DiskIo::from(io).into()).unwrap_or_default(),
             discard: wire::DiskDiscard::from(options.discard).into(),
             read_only: options.read_only,
             serial: options.serial.as_ref().map(ToString::to_string).unwrap_or_default(),
@@ -262,10 +269,8 @@ mod tests {
         let options = DiskOptions::try_from(&wire::DiskOptions::default()).unwrap();
         assert_eq!(
             (options.bus, options.cache, options.io, options.discard, options.live_only),
-            (DiskBus::Virtio, DiskCache::None, DiskIo::Native, DiskDiscard::Unmap, false)
+            (DiskBus::Virtio, DiskCache::None, None, DiskDiscard::Unmap, false)
         );
-        let writeback = wire::DiskOptions { cache: wire::DiskCache::Writeback.into(), ..Default::default() };
-        assert_eq!(DiskOptions::try_from(&writeback).unwrap().io, DiskIo::Threads);
     }
 
     #[test]

@@ -32,31 +32,31 @@ pub struct Machine {
     /// Last part of its addresses: 10.99.0.N, fd99::N.
     number: u8,
     memory_mib: u32,
-    /// Size of a second disk, `/dev/vdb`.
-    data_disk: Option<&'static str>,
+    /// Sizes of more disks, `/dev/vdb` and on.
+    data_disks: &'static [&'static str],
     /// More for the kernel's command line.
     append: &'static str,
 }
 
-/// The host with the volume group. libvirt is in the image, but has no business here.
+/// The host with the volume group (vdb) and the shared directory (vdc). libvirt is in the image, but has no business here.
 pub const STORAGE: Machine = Machine {
     name: "storage",
     peer: "compute",
     number: 1,
     memory_mib: 1024,
-    data_disk: Some("8G"),
+    data_disks: &["8G", "1G"],
     append: "systemd.mask=libvirtd.service systemd.mask=libvirtd.socket systemd.mask=iscsid.socket",
 };
 /// The host with libvirt and the guests.
 pub const COMPUTE: Machine =
-    Machine { name: "compute", peer: "storage", number: 2, memory_mib: 2048, data_disk: None, append: "" };
+    Machine { name: "compute", peer: "storage", number: 2, memory_mib: 2048, data_disks: &[], append: "" };
 /// All of them.
 pub const MACHINES: [&Machine; 2] = [&STORAGE, &COMPUTE];
 
 impl Machine {
     /// The files of its disks.
     pub fn disks(&self) -> Vec<String> {
-        let data = self.data_disk.map(|_| format!("{}-data.qcow2", self.name));
+        let data = (1..=self.data_disks.len()).map(|number| format!("{}-data{number}.qcow2", self.name));
         std::iter::once(format!("{}.qcow2", self.name)).chain(data).collect()
     }
 
@@ -66,7 +66,7 @@ impl Machine {
         let files = self.disks();
         let root = image.folder.join("root.img");
         create().args(["-F", "raw", "-b"]).arg(root).arg(folder.join(&files[0])).run().await?;
-        if let (Some(file), Some(size)) = (files.get(1), self.data_disk) {
+        for (file, size) in files[1..].iter().zip(self.data_disks) {
             create().arg(folder.join(file)).arg(size).run().await?;
         }
         Ok(())
@@ -198,7 +198,7 @@ impl Machine {
 pub(crate) fn machines_in_words(image: &Image) -> String {
     let anywhere = Instance { name: "any".into(), runtime: "/any".into(), disks: "/any".into() };
     let words = |m: &&Machine| {
-        format!("{} {:?}\n", m.command_line(&anywhere, image, Ports { ssh: 0, agent: 0 }), m.data_disk)
+        format!("{} {:?}\n", m.command_line(&anywhere, image, Ports { ssh: 0, agent: 0 }), m.data_disks)
     };
     MACHINES.iter().map(words).collect()
 }
