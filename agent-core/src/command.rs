@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::Child;
 use tokio::time::timeout;
 
 /// How long a program may take when its caller says nothing.
@@ -215,7 +216,6 @@ impl CommandLine {
             .map_err(|source| CommandError::Start { command: command.clone(), source })?;
 
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        let pid = child.id();
         let work = async {
             let feed = async {
                 if let Some(mut pipe) = stdin {
@@ -238,37 +238,57 @@ impl CommandLine {
                 Ok(output)
             }
             Ok(Err(source)) => {
-                let _stuck = self.end(&mut child, pid).await;
+                let _stuck = self.end(&mut child).await;
                 Err(CommandError::Io { command, source })
             }
             Err(_) => {
-                let stuck_pid = self.end(&mut child, pid).await;
+                let stuck_pid = self.end(&mut child).await;
                 Err(CommandError::Deadline { command, deadline: self.deadline, stuck_pid })
             }
         }
     }
 
-    /// Ends the whole process group. Gives the pid back when the process is still there afterwards (F25).
-    async fn end(&self, child: &mut tokio::process::Child, pid: Option<u32>) -> Option<u32> {
-        let pid = pid?;
-        let group = Pid::from_raw(i32::try_from(pid).ok()?);
-        if self.kill {
-            for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-                if let Err(error) = killpg(group, signal) {
-                    tracing::debug!(pid, %error, "signal not delivered");
-                }
-                if timeout(GRACE, child.wait()).await.is_ok() {
-                    // Its children may have ignored what ended it; the group is still theirs.
-                    if let Err(error) = killpg(group, Signal::SIGKILL) {
-                        tracing::debug!(pid, %error, "nobody is left in the group");
-                    }
-                    return None;
-                }
-            }
-        }
-        tracing::error!(pid, program = %self.program.display(), "process is still running");
-        Some(pid)
+    async fn end(&self, child: &mut Child) -> Option<u32> {
+        let signals: &[Signal] = if self.kill { &[Signal::SIGTERM, Signal::SIGKILL] } else { &[] };
+        end_group(child, signals).await
     }
+
+    /// Starts it as a helper that stays: one line in, one line out (see [`crate::helper_process`]). Its standard error is the
+    /// agent's own.
+    pub(crate) fn start_helper(&self) -> std::io::Result<Child> {
+        #[expect(clippy::disallowed_methods, reason = "this is the one runner")]
+        let mut builder = tokio::process::Command::new(&self.program);
+        builder
+            .args(&self.args)
+            .env("LC_ALL", "C")
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+    }
+}
+
+/// Ends a whole process group with one signal after the other. Gives the pid back when the process is still there
+/// afterwards (F25); the runtime reaps it once it ends.
+pub(crate) async fn end_group(child: &mut Child, signals: &[Signal]) -> Option<u32> {
+    let pid = child.id()?;
+    let group = Pid::from_raw(i32::try_from(pid).ok()?);
+    for signal in signals {
+        if let Err(error) = killpg(group, *signal) {
+            tracing::debug!(pid, %error, "signal not delivered");
+        }
+        if timeout(GRACE, child.wait()).await.is_ok() {
+            // Its children may have ignored what ended it; the group is still theirs.
+            if let Err(error) = killpg(group, Signal::SIGKILL) {
+                tracing::debug!(pid, %error, "nobody is left in the group");
+            }
+            return None;
+        }
+    }
+    tracing::error!(pid, "process is still running");
+    Some(pid)
 }
 
 async fn collect(pipe: Option<impl tokio::io::AsyncRead + Unpin>) -> std::io::Result<String> {

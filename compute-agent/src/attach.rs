@@ -1,27 +1,20 @@
-//! Attach: the order of its steps. From connection info to a disk that was read back from the running domain.
+//! Attach: the order of its steps. From connection info to a disk that was read back from the running domain. How the volume
+//! gets to this host is in `over_iscsi` and `over_nfs`.
 //!
 //! Every step looks whether its effect is there already, so the same steps make an attachment, finish one that was cut
 //! off, and repair one. A failure undoes all by the same steps that Detach has, unless the attachment was whole
 //! before: a disk that a guest uses is not taken away because a repair failed.
 
-use std::time::Duration;
-
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::steps::Steps;
 use tether_proto::wire::{AttachmentStatus, Outcome};
-use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, DiskOptions, DomainName};
+use tether_proto::{AccessMode, AttachmentId, ByteSize, ConnectionInfo, DiskOptions, DomainName, Transport};
 use virt::error::ErrorNumber;
 
-use crate::attachments::{Attachments, Views, unreadable};
-use crate::hypervisor::domain_xml::{DiskPlan, PlaceError, alias_of, choose_place, disk_element};
+use crate::attachments::{Attachments, Views};
+use crate::hypervisor::domain_xml::{DiskKind, DiskPlan, PlaceError, alias_of, choose_place, disk_element};
 use crate::hypervisor::libvirt::{Affect, DomainState, LibvirtError};
-use crate::initiator::iscsi::IscsiError;
-use crate::initiator::session::Session;
-use crate::initiator::{device, iscsi, node_record};
 use crate::record::{Attachment, AttachmentRecord, Phase};
-
-/// How long the kernel and udev may take for the disk and its names, each.
-const EVENT_DEADLINE: Duration = Duration::from_secs(30);
 
 impl Attachments {
     /// Attaches, or finds that it is done, or finishes what was begun.
@@ -33,6 +26,7 @@ impl Attachments {
         connection: ConnectionInfo,
         options: DiskOptions,
     ) -> Result<(Outcome, AttachmentStatus), Failure> {
+        let size = connection.size;
         let recorded = self.journal.get(&id.to_string());
         if let Some(record) = &recorded {
             record.check_retry(&domain, &connection, &options)?;
@@ -49,7 +43,10 @@ impl Attachments {
             self.check_journal()?;
         }
         self.claim(id, &attachment)?;
-        if fresh && let Err(failure) = self.check_nobody_elses(&attachment) {
+        if fresh
+            && let Transport::Iscsi(iscsi) = &attachment.connection.transport
+            && let Err(failure) = self.check_nobody_elses(iscsi)
+        {
             self.release(id);
             return Err(failure);
         }
@@ -57,6 +54,8 @@ impl Attachments {
         let in_use = phase == Some(Phase::Attached) || Views::of(&state)?.in_live(id);
         let made = async {
             if fresh {
+                // The turn at the share ends when the record is on disk: whoever counts its users then counts this one.
+                let _turn = self.choose_mount(steps, id, &mut attachment).await?;
                 let record =
                     AttachmentRecord { id, phase: Phase::Attaching, attachment: Some(attachment.clone()) };
                 self.write(steps, "write-journal", &record).await?;
@@ -65,9 +64,11 @@ impl Attachments {
                 fresh,
                 in_live: Views::of(&state)?.in_live(id),
                 phase: phase.unwrap_or(Phase::Attaching),
+                size,
             };
+            let recorded_size = attachment.connection.size;
             let (changed, views) = self.converge(steps, id, &mut attachment, known).await?;
-            if phase != Some(Phase::Attached) {
+            if phase != Some(Phase::Attached) || attachment.connection.size != recorded_size {
                 let record =
                     AttachmentRecord { id, phase: Phase::Attached, attachment: Some(attachment.clone()) };
                 self.write(steps, "close-journal", &record).await?;
@@ -90,22 +91,6 @@ impl Attachments {
         }
     }
 
-    /// A target that open-iscsi knows before we ever used it is somebody else's, whatever its name (rule 6).
-    fn check_nobody_elses(&self, attachment: &Attachment) -> Result<(), Failure> {
-        let target = &attachment.connection.iscsi.target_iqn;
-        let folder = self.nodes.join(target.as_str());
-        match folder.try_exists() {
-            Ok(false) => Ok(()),
-            Ok(true) => Err(Failure::new(
-                Reason::NotOurs,
-                format!("open-iscsi has a node record for {target} that this agent did not make"),
-            )
-            .at("validate")
-            .next(format!("if nobody uses it: iscsiadm -m node -T {target} -o delete"))),
-            Err(error) => Err(unreadable(error).at("validate")),
-        }
-    }
-
     /// Connects and plugs in, as far as it is not done. True when something had to be done.
     async fn converge(
         &self,
@@ -114,112 +99,17 @@ impl Attachments {
         attachment: &mut Attachment,
         known: Known,
     ) -> Result<(bool, Views), Failure> {
-        let (session, connected) = self.connect(steps, id, attachment, known).await?;
-        let disk = self.find_disk(steps, &session).await?;
-        let (wwn, size) = (attachment.connection.iscsi.wwn, attachment.connection.size);
-        let (sysfs, verified, name) = (self.sysfs.clone(), session, disk.clone());
-        steps
-            .run_blocking("verify-device", move || device::verify(&sysfs, &verified, &name, wwn, size))
-            .await?;
-        let path = device::stable_path(&self.by_id, wwn);
-        steps
-            .run("find-stable-path", async {
-                let leads = || device::leads_to(&path, &disk).then_some(());
-                let found = self.events.subscribe().wait_until(EVENT_DEADLINE, leads).await;
-                found.ok_or_else(|| {
-                    Failure::new(
-                        Reason::DeviceMissing,
-                        format!("udev made no {} that leads to {disk}", path.display()),
-                    )
-                    .next("see that systemd-udevd runs and has its 60-persistent-storage.rules")
-                })
-            })
-            .await?;
-        let (plugged, views) =
-            self.plug(steps, id, attachment, known.phase, path.display().to_string()).await?;
-        Ok((connected || plugged, views))
-    }
-
-    /// A session to the target: the one that is there and ours, or a new one. True when it is new.
-    async fn connect(
-        &self,
-        steps: &Steps,
-        id: AttachmentId,
-        attachment: &Attachment,
-        known: Known,
-    ) -> Result<(Session, bool), Failure> {
-        let iscsi = attachment.connection.iscsi.clone();
-        let target = iscsi.target_iqn.clone();
-        if !known.fresh
-            && let Some(session) = self.sysfs.find_session(&target).map_err(unreadable)?
-        {
-            if session.logged_in().map_err(unreadable)? {
-                return Ok((session, false));
-            }
-            return Err(Failure::new(
-                Reason::PortalUnreachable,
-                format!("the session to {target} is lost, and open-iscsi is trying to get it back"),
-            )
-            .at("login"));
+        let disk = match attachment.connection.transport.clone() {
+            Transport::Iscsi(iscsi) => self.connect_iscsi(steps, id, attachment, &iscsi, known).await?,
+            Transport::Nfs(nfs) => self.connect_nfs(steps, attachment, &nfs, known).await?,
+        };
+        if !known.in_live {
+            // A volume that was extended since the first call has another size by now. A guest that has the disk already
+            // does not know that: ResizeAttachment tells it.
+            attachment.connection.size = disk.size;
         }
-        if known.in_live {
-            // A new session would bring a new device; QEMU holds on to the old one, which is dead.
-            return Err(Failure::new(
-                Reason::DeviceInUse,
-                format!("domain {} still has the disk of a session that has ended", attachment.domain_name),
-            )
-            .at("login")
-            .next(format!("detach it, then attach anew: tether detach {id}")));
-        }
-        let portal = steps.run("probe-portals", iscsi::probe(&iscsi.portals)).await?;
-        let (nodes, connection) = (self.nodes.clone(), iscsi);
-        steps
-            .run_blocking("write-node-record", move || node_record::write(&nodes, &connection, portal))
-            .await?;
-        let mut events = self.events.subscribe();
-        let session = steps
-            .run("login", async {
-                match iscsi::login(&target, portal).await {
-                    // A login that an earlier call began has come to its end meanwhile.
-                    Err(IscsiError::SessionExists { .. }) if !known.fresh => {}
-                    outcome => outcome?,
-                }
-                let seen = match events.added("iscsi_session") {
-                    Some(paths) => self.sysfs.session_among(&target, &paths).map_err(unreadable)?,
-                    None => None,
-                };
-                let found = match seen {
-                    Some(session) => Some(session),
-                    None => self.sysfs.find_session(&target).map_err(unreadable)?,
-                };
-                found.ok_or_else(|| {
-                    Failure::new(
-                        Reason::LoginFailed,
-                        format!("the login to {target} succeeded, but sysfs has no session"),
-                    )
-                })
-            })
-            .await?;
-        Ok((session, true))
-    }
-
-    /// The disk behind a session.
-    async fn find_disk(&self, steps: &Steps, session: &Session) -> Result<String, Failure> {
-        if let Some(disk) = session.disk().map_err(unreadable)? {
-            return Ok(disk);
-        }
-        let mut events = self.events.subscribe();
-        let (sysfs, scanned) = (self.sysfs.clone(), session.clone());
-        steps.run_blocking("scan", move || device::scan(&sysfs, &scanned)).await?;
-        steps
-            .run("wait-device", async {
-                // Not to be able to look is no reason to stop waiting: the deadline is.
-                let found = events.wait_until(EVENT_DEADLINE, || session.disk().ok().flatten()).await;
-                found.ok_or_else(|| {
-                    Failure::new(Reason::DeviceMissing, format!("LUN 0 of {} did not appear", session.name))
-                })
-            })
-            .await
+        let (plugged, views) = self.plug(steps, id, attachment, known.phase, &disk).await?;
+        Ok((disk.connected || plugged, views))
     }
 
     /// The disk in the domain, live and persistent as wished. True when it had to be plugged in.
@@ -229,7 +119,7 @@ impl Attachments {
         id: AttachmentId,
         attachment: &mut Attachment,
         phase: Phase,
-        device_path: String,
+        disk: &HostDisk,
     ) -> Result<(bool, Views), Failure> {
         let uuid = attachment.domain_uuid;
         let turn = steps.run("wait-turn", async { Ok::<_, Failure>(self.libvirt.turn(uuid).await?) }).await?;
@@ -248,8 +138,7 @@ impl Attachments {
             steps.run("verify-domain", async { self.verify_domain(id, attachment, &views) }).await?;
             return Ok((false, views));
         }
-        let plan =
-            plan(id, attachment, &views, device_path, affect).map_err(|failure| failure.at("plan-disk"))?;
+        let plan = plan(id, attachment, &views, disk, affect).map_err(|failure| failure.at("plan-disk"))?;
         let element = disk_element(&plan).map_err(|error| Failure::from(error).at("plan-disk"))?;
         attachment.plan = Some(plan);
         // Where the disk goes is on disk before it goes there: whoever takes it away later knows that it was plugged in.
@@ -274,7 +163,8 @@ impl Attachments {
     /// Is the disk in the XML as it was asked for (rules 1 and 7)?
     fn verify_domain(&self, id: AttachmentId, attachment: &Attachment, views: &Views) -> Result<(), Failure> {
         let alias = alias_of(id);
-        let path = device::stable_path(&self.by_id, attachment.connection.iscsi.wwn).display().to_string();
+        let path = self.source_path(attachment);
+        let format = attachment.connection.transport.format().as_str();
         let options = &attachment.options;
         let read_only = options.read_only || attachment.connection.access_mode == AccessMode::ReadOnly;
         let (serial, cache) = (attachment.serial(), options.cache.as_str());
@@ -292,8 +182,8 @@ impl Attachments {
             };
             let found =
                 (disk.source.as_deref(), disk.serial.as_deref(), disk.cache.as_deref(), disk.read_only);
-            let asked = (Some(path.as_str()), Some(serial.as_str()), Some(cache), read_only);
-            if found != asked || disk.format.as_deref() != Some("raw") || disk.bus != options.bus.as_str() {
+            let asked = (path.as_deref(), Some(serial.as_str()), Some(cache), read_only);
+            if found != asked || disk.format.as_deref() != Some(format) || disk.bus != options.bus.as_str() {
                 return Err(Failure::new(
                     Reason::WrongDevice,
                     format!("disk {alias} of the {face} is {found:?} on {} and not {asked:?}", disk.bus),
@@ -317,11 +207,10 @@ impl Attachments {
             return failure;
         }
         if failure.reason == Reason::NotOurs {
-            // The session is somebody else's; only the node record is ours.
-            let (nodes, target) = (self.nodes.clone(), attachment.connection.iscsi.target_iqn.clone());
-            let deleted =
-                steps.run_blocking("delete-node-record", move || node_record::delete(&nodes, &target)).await;
-            if let Err(error) = deleted {
+            // The session or mount is somebody else's.
+            if let Transport::Iscsi(iscsi) = &attachment.connection.transport
+                && let Err(error) = self.delete_node_record(steps, iscsi).await
+            {
                 failure.undo.push(error.to_string());
             }
             return self.forget(steps, id, failure).await;
@@ -348,23 +237,38 @@ impl Attachments {
 
 /// What is known before the first step.
 #[derive(Debug, Clone, Copy)]
-struct Known {
+pub(crate) struct Known {
     /// The id was never used before.
-    fresh: bool,
+    pub(crate) fresh: bool,
     /// The running domain has the disk.
-    in_live: bool,
+    pub(crate) in_live: bool,
     /// Where the attachment is in its life; the journal keeps it until all is done.
-    phase: Phase,
+    pub(crate) phase: Phase,
+    /// The volume's size as this call says it; the record may be older than an extension.
+    pub(crate) size: ByteSize,
+}
+
+/// A volume that this host is connected to and that was compared with what the storage host said (rule 1).
+#[derive(Debug)]
+pub(crate) struct HostDisk {
+    /// What goes into the domain.
+    pub(crate) path: String,
+    /// What is there.
+    pub(crate) kind: DiskKind,
+    /// The size that was found.
+    pub(crate) size: ByteSize,
+    /// Something had to be done to connect it.
+    pub(crate) connected: bool,
 }
 
 /// Did the connection to libvirt break during a call?
-fn is_lost_connection(code: ErrorNumber) -> bool {
+pub(crate) fn is_lost_connection(code: ErrorNumber) -> bool {
     use ErrorNumber::{GnutlsError, InvalidConn, NoConnect, OperationTimeout, Rpc, SystemError};
     matches!(code, GnutlsError | InvalidConn | NoConnect | OperationTimeout | Rpc | SystemError)
 }
 
 /// Nobody knows whether it was done, or will be.
-fn unknown(error: &dyn std::error::Error) -> Failure {
+pub(crate) fn unknown(error: &dyn std::error::Error) -> Failure {
     Failure::from_error(Reason::OutcomeUnknown, error)
 }
 
@@ -400,7 +304,7 @@ fn plan(
     id: AttachmentId,
     attachment: &Attachment,
     views: &Views,
-    device_path: String,
+    disk: &HostDisk,
     affect: Affect,
 ) -> Result<DiskPlan, Failure> {
     let alias = alias_of(id);
@@ -421,7 +325,8 @@ fn plan(
     Ok(DiskPlan {
         attachment: id,
         options: attachment.options.clone(),
-        device_path,
+        device_path: disk.path.clone(),
+        kind: disk.kind,
         serial: attachment.serial(),
         read_only: attachment.connection.access_mode == AccessMode::ReadOnly,
         target_device,
@@ -441,6 +346,8 @@ fn new_attachment(
         domain_name: state.name.clone(),
         connection,
         options,
+        mount: None,
+        resizing_to: None,
         plan: None,
     }
 }

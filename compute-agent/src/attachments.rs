@@ -1,19 +1,20 @@
-//! The engine of attachments: what both verbs share. Attach's order of steps is in `attach`, Detach's and the undo's in
-//! `detach`; nobody else knows an order.
+//! The engine of attachments: what all verbs share. Attach's order of steps is in `attach`, Detach's and the undo's in
+//! `detach`, ResizeAttachment's in `resize`; how a volume comes to this host and leaves it is in `over_iscsi` and
+//! `over_nfs`. Nobody else knows an order.
 //!
-//! Each Attach and Detach is a task of its own under the attachment's id (`Operations`). The journal says what an
+//! Each Attach, Detach and ResizeAttachment is a task of its own under the attachment's id (`Operations`). The journal says what an
 //! attachment is to be; sysfs and libvirt say what is. Two attachments meet only at their domain, for the time of a
-//! call (`Libvirt::turn`), and in open-iscsi's database, whose own lock is theirs to wait for; nothing is locked
-//! host-wide (F23, F28).
+//! call (`Libvirt::turn`), at their share while it is mounted or unmounted (`Mounts::turn`), and in open-iscsi's database,
+//! whose own lock is theirs to wait for; nothing is locked host-wide (F23, F28).
 //!
 //! Phases of a record: `attaching` (side effects may have begun) → `attached` → `detaching` → `ended` (a tombstone).
 //! A failed attach that was undone leaves no record; one that could not be undone stays `attaching`, and a retry of
 //! Attach or a Detach goes on from there.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
@@ -21,7 +22,7 @@ use tether_agent_core::journal::Journal;
 use tether_agent_core::operations::Operations;
 use tether_agent_core::steps::Steps;
 use tether_proto::wire::{self, OperationReport};
-use tether_proto::{AttachmentId, ConnectionInfo, Connector, DiskOptions, DomainName};
+use tether_proto::{AttachmentId, ByteSize, ConnectionInfo, Connector, DiskOptions, DomainName, Transport};
 use tokio::sync::OnceCell;
 
 use crate::config::Config;
@@ -31,6 +32,7 @@ use crate::hypervisor::libvirt::{DomainState, Libvirt};
 use crate::initiator::session::Sysfs;
 use crate::initiator::{device, iscsi, node_record};
 use crate::kernel_events::KernelEvents;
+use crate::mount::{Mounts, State};
 use crate::record::{Attachment, AttachmentRecord, Phase};
 
 /// All attachments of this agent.
@@ -42,8 +44,10 @@ pub(crate) struct Attachments {
     pub(crate) sysfs: Sysfs,
     pub(crate) nodes: PathBuf,
     pub(crate) by_id: PathBuf,
+    pub(crate) mounts: Mounts,
     pub(crate) guest_deadline: Duration,
     claims: Mutex<HashMap<String, AttachmentId>>,
+    mount_users: Mutex<HashMap<PathBuf, BTreeSet<AttachmentId>>>,
     iscsi_version: OnceCell<String>,
 }
 
@@ -96,7 +100,11 @@ impl Attachments {
         })?;
         let journal = Journal::<AttachmentRecord>::open(&config.state_directory.join("attachments"))?;
         let mut claims = HashMap::new();
+        let mut mount_users = HashMap::<PathBuf, BTreeSet<AttachmentId>>::new();
         for record in journal.list() {
+            if let Some(mount) = record.attachment.as_ref().and_then(|attachment| attachment.mount.as_ref()) {
+                mount_users.entry(mount.directory.clone()).or_default().insert(record.id);
+            }
             for claim in record.attachment.iter().flat_map(Attachment::claims) {
                 claims.insert(claim, record.id);
             }
@@ -109,8 +117,10 @@ impl Attachments {
             sysfs: Sysfs::at("/sys"),
             nodes: node_record::NODE_DIRECTORY.into(),
             by_id: device::BY_ID.into(),
+            mounts: Mounts::open(&config.state_directory, &config.nfs)?,
             guest_deadline: Duration::from_millis(config.guest_deadline_milliseconds),
             claims: Mutex::new(claims),
+            mount_users: Mutex::new(mount_users),
             iscsi_version: OnceCell::new(),
         })
     }
@@ -158,6 +168,21 @@ impl Attachments {
             .run(&id.to_string(), "detach", String::new(), move |steps| async move {
                 let outcome = this.do_detach(&steps, id, guest_deadline).await?;
                 Ok(steps.report(outcome))
+            })
+            .await
+    }
+
+    /// Tells the guest that its volume is larger.
+    pub(crate) async fn resize(
+        self: &Arc<Self>,
+        id: AttachmentId,
+        size: ByteSize,
+    ) -> Result<(wire::AttachmentStatus, OperationReport), Failure> {
+        let this = self.clone();
+        self.operations
+            .run(&id.to_string(), "resize", size.bytes().to_string(), move |steps| async move {
+                let (outcome, status) = this.do_resize(&steps, id, size).await?;
+                Ok((status, steps.report(outcome)))
             })
             .await
     }
@@ -246,9 +271,28 @@ impl Attachments {
         .next("repair the file or, when its disk is in no domain and its session is gone, delete it; then restart the agent"))
     }
 
+    /// The path of the volume on this host, as it is in domain XML; nothing before a server was chosen.
+    pub(crate) fn source_path(&self, attachment: &Attachment) -> Option<String> {
+        let path = match &attachment.connection.transport {
+            Transport::Iscsi(iscsi) => device::stable_path(&self.by_id, iscsi.wwn),
+            Transport::Nfs(nfs) => attachment.mount.as_ref()?.directory.join(nfs.file.as_str()),
+        };
+        Some(path.display().to_string())
+    }
+
     /// Gives back what an attachment had.
     pub(crate) fn release(&self, id: AttachmentId) {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, holder| *holder != id);
+        self.mount_users().retain(|_, users| {
+            users.remove(&id);
+            !users.is_empty()
+        });
+    }
+
+    /// Who uses which mount, as the journal has it: those of domains that are shut off, too (F19).
+    pub(crate) fn mount_users(&self) -> MutexGuard<'_, HashMap<PathBuf, BTreeSet<AttachmentId>>> {
+        // Each change is one insert or remove; a panic elsewhere cannot leave it half done.
+        self.mount_users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is recorded, and what kernel and libvirt say of it.
@@ -260,12 +304,25 @@ impl Attachments {
         views: &Views,
     ) -> Result<wire::AttachmentStatus, Failure> {
         let connection = &attachment.connection;
-        let session = self.sysfs.find_session(&connection.iscsi.target_iqn).map_err(unreadable)?;
-        let (portal, connected) = match &session {
-            Some(session) => {
-                (session.portal().map_err(unreadable)?, session.logged_in().map_err(unreadable)?)
+        let (mut target_iqn, mut portal, mut share) = (String::new(), None, String::new());
+        let connected = match &connection.transport {
+            Transport::Iscsi(iscsi) => {
+                target_iqn = iscsi.target_iqn.to_string();
+                match self.sysfs.find_session(&iscsi.target_iqn).map_err(unreadable)? {
+                    Some(session) => {
+                        portal = session.portal().map_err(unreadable)?;
+                        session.logged_in().map_err(unreadable)?
+                    }
+                    None => false,
+                }
             }
-            None => (None, false),
+            Transport::Nfs(_) => match &attachment.mount {
+                Some(mount) => {
+                    share.clone_from(&mount.share);
+                    matches!(self.mounts.state(mount)?, State::Mounted { .. })
+                }
+                None => false,
+            },
         };
         let plan = attachment.plan.as_ref();
         Ok(wire::AttachmentStatus {
@@ -278,11 +335,14 @@ impl Attachments {
             bus: wire::DiskBus::from(attachment.options.bus).into(),
             serial: attachment.serial().to_string(),
             size_bytes: connection.size.bytes(),
-            target_iqn: connection.iscsi.target_iqn.to_string(),
+            target_iqn,
             portal: portal.map(|portal| portal.to_string()).unwrap_or_default(),
             connected,
             in_live_domain: views.in_live(id),
             in_persistent_definition: views.in_persistent(id),
+            transport: wire::Transport::from(&connection.transport).into(),
+            share,
+            format: wire::VolumeFormat::from(connection.transport.format()).into(),
         })
     }
 }

@@ -1,6 +1,6 @@
 //! The compute agent's config file, with every default.
 
-use std::path::PathBuf;
+use std::path::{Component, PathBuf};
 
 use serde::Deserialize;
 use tether_agent_core::config::{ConfigError, Danger, Server};
@@ -22,9 +22,77 @@ pub(crate) struct Config {
     /// How the agent is reached.
     #[serde(default = "default_server")]
     pub(crate) server: Server,
+    /// How shares are mounted.
+    #[serde(default)]
+    pub(crate) nfs: Nfs,
     /// What nobody should need.
     #[serde(default)]
     pub(crate) danger: Danger,
+}
+
+/// `[nfs]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Nfs {
+    /// The versions to mount with, tried in this order.
+    pub(crate) versions: Vec<NfsVersion>,
+    /// More options of nfs(5), one an entry. How a mount behaves when its server is away is not for anybody to change.
+    pub(crate) options: Vec<MountOption>,
+}
+
+impl Default for Nfs {
+    fn default() -> Self {
+        Self { versions: vec![NfsVersion::V4_2, NfsVersion::V4_1], options: Vec::new() }
+    }
+}
+
+/// A version of NFS. Version 3 has other locks, other ids and more daemons, and is not spoken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub(crate) enum NfsVersion {
+    #[serde(rename = "4.2")]
+    V4_2,
+    #[serde(rename = "4.1")]
+    V4_1,
+}
+
+impl NfsVersion {
+    /// As in `vers=`, and as the kernel shows it.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::V4_2 => "4.2",
+            Self::V4_1 => "4.1",
+        }
+    }
+}
+
+/// One option of nfs(5): `NAME=NUMBER`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct MountOption(String);
+
+/// What may be set. Nothing that changes who waits for what: `hard`, `retry` and the like are ours.
+const MOUNT_OPTIONS: [&str; 5] = ["nconnect", "rsize", "wsize", "timeo", "retrans"];
+
+impl MountOption {
+    /// The option as text.
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for MountOption {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let legal = text.split_once('=').is_some_and(|(name, number)| {
+            MOUNT_OPTIONS.contains(&name)
+                && (1..=9).contains(&number.len())
+                && number.bytes().all(|b| b.is_ascii_digit())
+        });
+        if legal {
+            return Ok(Self(text));
+        }
+        Err(format!("{text:?} must be NAME=NUMBER, NAME one of: {}", MOUNT_OPTIONS.join(" ")))
+    }
 }
 
 fn default_state_directory() -> PathBuf {
@@ -52,8 +120,23 @@ fn default_server() -> Server {
 impl AgentConfig for Config {
     fn check(&self) -> Result<(), ConfigError> {
         self.server.check(self.danger)?;
-        if !self.state_directory.is_absolute() {
-            return Err(ConfigError::value("state_directory", "must be an absolute path"));
+        // Mounts are below it, and their paths go into domain XML and are compared with what the kernel shows.
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/_.+-".contains(&byte);
+        let components = self.state_directory.components();
+        let straight =
+            components.clone().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+        if !self.state_directory.is_absolute()
+            || !straight
+            || components.as_path() != self.state_directory
+            || !self.state_directory.as_os_str().as_encoded_bytes().iter().copied().all(plain)
+        {
+            return Err(ConfigError::value(
+                "state_directory",
+                "must be an absolute path of a-z A-Z 0-9 _ . + - and /, without . and ..",
+            ));
+        }
+        if self.nfs.versions.is_empty() {
+            return Err(ConfigError::value("nfs.versions", "must name at least one of \"4.2\" and \"4.1\""));
         }
         if self.libvirt_uri.is_empty() {
             return Err(ConfigError::value("libvirt_uri", "must be a libvirt URI, as in qemu:///system"));
@@ -85,6 +168,34 @@ mod tests {
     }
 
     #[test]
+    fn mount_options_are_numbers_of_known_names_and_nothing_else() {
+        let config: Config = toml::from_str("[nfs]\noptions = [\"nconnect=4\", \"rsize=65536\"]").unwrap();
+        config.check().unwrap();
+        for bad in [
+            "soft",
+            "hard",
+            "nconnect",
+            "nconnect=",
+            "nconnect=2,rw",
+            "nconnect=2,soft",
+            "x;reboot",
+            "$(id)",
+            "retry=100",
+            "rsize=0x10",
+            "rsize= 1",
+            "nconnect=4\\n",
+            "vers=3",
+            "-o",
+            "",
+            "timeo=1=2",
+        ] {
+            let text = format!("[nfs]\noptions = [\"{bad}\"]");
+            let problem = toml::from_str::<Config>(&text).expect_err(bad).to_string();
+            assert!(problem.contains("NAME=NUMBER"), "{bad}: {problem}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (text, words) in [
             ("libvirt_url = \"x\"", "unknown field `libvirt_url`"),
@@ -92,6 +203,11 @@ mod tests {
             ("[server]\nsocket = \"x\"", "server.socket"),
             ("[server]\nsocket = \"/run/x\"\nlisten = \"[::]:7440\"", "server.ca"),
             ("state_directory = \"x\"", "state_directory"),
+            ("state_directory = \"/var/lib/../x\"", "state_directory"),
+            ("state_directory = \"/var/lib/a b\"", "state_directory"),
+            ("[nfs]\nversions = []", "nfs.versions"),
+            ("[nfs]\nversions = [\"3\"]", "unknown variant `3`"),
+            ("[nfs]\noption = []", "unknown field `option`"),
         ] {
             let problem = match toml::from_str::<Config>(text) {
                 Err(error) => error.to_string(),

@@ -9,8 +9,13 @@ mod detach;
 mod hypervisor;
 mod initiator;
 mod kernel_events;
+mod mount;
+mod over_iscsi;
+mod over_nfs;
 mod record;
+mod resize;
 mod service;
+mod tcp_probe;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,7 +23,12 @@ use std::sync::Arc;
 use tether_agent_core::{daemon, services};
 use tether_proto::wire::compute_agent_server::ComputeAgentServer;
 
+use crate::mount::file_helper;
+
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == file_helper::ARGUMENT) {
+        return file_helper::serve();
+    }
     daemon::main(
         "tether-compute-agent",
         "/etc/tether/compute-agent.toml",

@@ -3,10 +3,11 @@
 
 use serde::{Deserialize, Serialize};
 use tether_agent_core::failure::{Failure, Reason};
-use tether_proto::{AttachmentId, ConnectionInfo, DiskOptions, DomainName, Serial};
+use tether_proto::{AttachmentId, ByteSize, ConnectionInfo, DiskOptions, DomainName, Serial, Transport};
 use uuid::Uuid;
 
 use crate::hypervisor::domain_xml::DiskPlan;
+use crate::mount::Mount;
 
 /// Where an attachment is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +59,12 @@ pub(crate) struct Attachment {
     pub(crate) connection: ConnectionInfo,
     /// What the caller asked for.
     pub(crate) options: DiskOptions,
+    /// The mount of the share; known before it is mounted. Nothing over iSCSI.
+    #[serde(default)]
+    pub(crate) mount: Option<Mount>,
+    /// The size that the guest is about to be told. It may know that already, and the volume may have it.
+    #[serde(default)]
+    pub(crate) resizing_to: Option<ByteSize>,
     /// The disk in the domain; known before it is plugged in.
     pub(crate) plan: Option<DiskPlan>,
 }
@@ -101,9 +108,13 @@ impl AttachmentRecord {
 
 impl Attachment {
     /// What no two attachments of a host may share: the target, and the volume.
-    pub(crate) fn claims(&self) -> [String; 2] {
-        let iscsi = &self.connection.iscsi;
-        [format!("target {}", iscsi.target_iqn), format!("volume naa.{}", iscsi.wwn)]
+    pub(crate) fn claims(&self) -> Vec<String> {
+        match &self.connection.transport {
+            Transport::Iscsi(iscsi) => {
+                vec![format!("target {}", iscsi.target_iqn), format!("volume naa.{}", iscsi.wwn)]
+            }
+            Transport::Nfs(nfs) => vec![format!("file {} of file system {}", nfs.inode, nfs.file_system_id)],
+        }
     }
 
     /// The serial that the guest sees.
@@ -121,13 +132,17 @@ impl Attachment {
         if self.requested_domain != *domain {
             return Some(format!("domain is {} and not {domain}", self.requested_domain));
         }
-        if self.connection.iscsi.target_iqn != connection.iscsi.target_iqn {
-            return Some(format!(
-                "target is {} and not {}",
-                self.connection.iscsi.target_iqn, connection.iscsi.target_iqn
-            ));
+        match (&self.connection.transport, &connection.transport) {
+            (Transport::Iscsi(known), Transport::Iscsi(told)) if known.target_iqn != told.target_iqn => {
+                return Some(format!("target is {} and not {}", known.target_iqn, told.target_iqn));
+            }
+            (Transport::Nfs(known), Transport::Nfs(told)) if known.file != told.file => {
+                return Some(format!("file is {} and not {}", known.file, told.file));
+            }
+            _ => {}
         }
-        if self.connection != *connection {
+        // Only the size may be another: the volume may have been extended between the calls.
+        if self.connection != (ConnectionInfo { size: self.connection.size, ..connection.clone() }) {
             return Some("connection info is another".to_owned());
         }
         if self.options != *options {

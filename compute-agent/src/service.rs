@@ -80,6 +80,18 @@ impl ComputeAgent for Service {
         Ok(Response::new(wire::DetachResponse { report: Some(report) }))
     }
 
+    async fn resize_attachment(
+        &self,
+        request: Request<wire::ResizeAttachmentRequest>,
+    ) -> Result<Response<wire::ResizeAttachmentResponse>, Status> {
+        let request = request.into_inner();
+        let id = attachment_id(&request.attachment_id)?;
+        let size = request.size_bytes.try_into().map_err(Failure::from)?;
+        let (attachment, report) = self.attachments.resize(id, size).await?;
+        let attachment = Some(attachment);
+        Ok(Response::new(wire::ResizeAttachmentResponse { attachment, report: Some(report) }))
+    }
+
     async fn get_attachment(
         &self,
         request: Request<wire::GetAttachmentRequest>,

@@ -7,13 +7,13 @@
 
 mod event_shim;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::turns::{Turn, Turns};
 use tether_proto::DomainName;
-use tokio::sync::{OwnedMutexGuard, Semaphore, broadcast};
+use tokio::sync::{Semaphore, broadcast};
 use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
 use virt::connect::Connect;
@@ -107,9 +107,6 @@ pub(crate) enum Unplug {
     Silent,
 }
 
-/// A turn at a domain; over when it is dropped.
-pub(crate) type Turn = OwnedMutexGuard<()>;
-
 /// A way to libvirt.
 #[derive(Clone)]
 pub(crate) struct Libvirt {
@@ -117,7 +114,7 @@ pub(crate) struct Libvirt {
     connection: Arc<tokio::sync::Mutex<Option<Arc<Connect>>>>,
     calls: Arc<Semaphore>,
     events: broadcast::Sender<UnplugEvent>,
-    turns: Arc<Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>>,
+    turns: Turns<Uuid>,
 }
 
 impl Libvirt {
@@ -147,7 +144,7 @@ impl Libvirt {
             connection: Arc::default(),
             calls: Arc::new(Semaphore::new(CALLS)),
             events,
-            turns: Arc::default(),
+            turns: Turns::default(),
         })
     }
 
@@ -175,13 +172,7 @@ impl Libvirt {
 
     /// Waits for a turn at a domain. Two who choose a place in the same XML would choose the same one.
     pub(crate) async fn turn(&self, domain: Uuid) -> Result<Turn, LibvirtError> {
-        let lock = {
-            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
-            // Locks that nobody holds or waits for are not kept: domains come and go.
-            turns.retain(|_, lock| Arc::strong_count(lock) > 1);
-            turns.entry(domain).or_default().clone()
-        };
-        timeout(TURN_DEADLINE, lock.lock_owned()).await.map_err(|_| LibvirtError::Busy { domain })
+        self.turns.wait(domain, TURN_DEADLINE).await.ok_or(LibvirtError::Busy { domain })
     }
 
     /// Plugs a device in. libvirt does both faces or none. The turn is over when libvirt's call is, however long that
@@ -196,6 +187,25 @@ impl Libvirt {
         self.call("attach the disk", move |connection| {
             connection.lookup_domain_by_uuid(domain)?.attach_device_flags(&element, affect.flags())?;
             Ok(turn)
+        })
+        .await
+    }
+
+    /// Tells the guest that a disk is larger, and gives the size that it has then, in bytes. QEMU grows a qcow2 file itself;
+    /// a device or raw file must have the size already.
+    pub(crate) async fn resize(
+        &self,
+        domain: Uuid,
+        target_device: String,
+        bytes: u64,
+        turn: Turn,
+    ) -> Result<u64, LibvirtError> {
+        self.call("resize the disk", move |connection| {
+            let domain = connection.lookup_domain_by_uuid(domain)?;
+            domain.block_resize(&target_device, bytes, sys::VIR_DOMAIN_BLOCK_RESIZE_BYTES)?;
+            let found = domain.block_info(&target_device, 0)?.capacity;
+            drop(turn);
+            Ok(found)
         })
         .await
     }

@@ -42,14 +42,21 @@ pub(crate) fn scan(sysfs: &Sysfs, session: &Session) -> Result<(), DeviceError> 
     fs::write(&path, "0 0 0").map_err(fail("writing", &path))
 }
 
-/// Compares WWN and size with what the storage host said (rule 1, F1).
+/// Has the kernel ask for the disk's size again. Blocks until it has.
+pub(crate) fn rescan(session: &Session) -> Result<(), DeviceError> {
+    let path = session.lun_folder().join("rescan");
+    fs::write(&path, "1").map_err(fail("writing", &path))
+}
+
+/// Compares WWN and size with what the storage host said (rule 1, F1), and gives the size: one of two, for a volume may
+/// have been extended since.
 pub(crate) fn verify(
     sysfs: &Sysfs,
     session: &Session,
     disk: &str,
     wwn: Wwn,
-    size: ByteSize,
-) -> Result<(), DeviceError> {
+    sizes: [ByteSize; 2],
+) -> Result<ByteSize, DeviceError> {
     let wwid = session.lun_folder().join("wwid");
     let found = read(&wwid).map_err(fail("reading", &wwid))?.unwrap_or_else(|| "none".to_owned());
     if found != format!("naa.{wwn}") {
@@ -59,10 +66,11 @@ pub(crate) fn verify(
     let path = sysfs.block().join(disk).join("size");
     let sectors = read(&path).map_err(fail("reading", &path))?.and_then(|text| text.parse::<u64>().ok());
     let found = sectors.unwrap_or(0).saturating_mul(512);
-    if found != size.bytes() {
-        return Err(DeviceError::Size { disk: disk.to_owned(), found, wanted: size });
-    }
-    Ok(())
+    sizes.into_iter().find(|size| size.bytes() == found).ok_or_else(|| DeviceError::Size {
+        disk: disk.to_owned(),
+        found,
+        wanted: sizes[0],
+    })
 }
 
 /// The path that goes into domain XML (F3).
@@ -100,16 +108,23 @@ mod tests {
 
     const WWN: &str = "60014051234567890123456789012345";
 
-    fn outcome(wwid: &str, sectors: u64) -> Result<(), DeviceError> {
+    fn outcome(wwid: &str, sectors: u64) -> Result<ByteSize, DeviceError> {
         let iqn: Iqn = "iqn.2026-11.io.example:x".parse().unwrap();
         let (_root, sysfs) = recorded(iqn.as_str(), "sdb", wwid, sectors);
         let session = sysfs.find_session(&iqn).unwrap().unwrap();
-        verify(&sysfs, &session, "sdb", WWN.parse().unwrap(), ByteSize::try_from(4096).unwrap())
+        verify(
+            &sysfs,
+            &session,
+            "sdb",
+            WWN.parse().unwrap(),
+            [4096, 12288].map(|size| size.try_into().unwrap()),
+        )
     }
 
     #[test]
     fn f1_another_wwn_or_another_size_is_refused() {
-        outcome(&format!("naa.{WWN}"), 8).unwrap();
+        assert_eq!(outcome(&format!("naa.{WWN}"), 8).unwrap().bytes(), 4096);
+        assert_eq!(outcome(&format!("naa.{WWN}"), 24).unwrap().bytes(), 12288, "F49: extended since");
         assert!(matches!(outcome(&format!("naa.{WWN}"), 16), Err(DeviceError::Size { found: 8192, .. })));
         assert!(matches!(outcome(&format!("naa.{WWN}"), 0), Err(DeviceError::Size { .. })));
         for other in ["naa.60014050000000000000000000000000", "t10.LIO-ORG", ""] {

@@ -1,42 +1,25 @@
 //! open-iscsi: probe portals, log in, log out (rule 9, F23, F33). Starts iscsiadm for login and logout and for
 //! nothing else. Not here: the node record, what sysfs says, and the order of steps.
 
-use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::session::Session;
 use tether_agent_core::command::{CommandError, CommandLine, Output};
 use tether_proto::{Iqn, Portal};
-use tokio::net::TcpStream;
-use tokio::task::JoinSet;
-use tokio::time::timeout;
+
+use super::session::Session;
+use crate::tcp_probe::{AllSilent, first_to_answer};
 
 const ISCSIADM: &str = "/sbin/iscsiadm";
 /// Where open-iscsi keeps the lock of its database (LOCK_DIR in its idbm.h).
 const LOCK_DIRECTORY: &str = "/run/lock/iscsi";
-/// How long a portal may take to answer a TCP connect.
-const PROBE_DEADLINE: Duration = Duration::from_secs(3);
 /// iscsiadm gives up by itself: login_timeout of 5 s and one retry; 30 s is its wait for the database lock (F24).
 const IN_ALL: Duration = Duration::from_secs(45);
-
-/// How a portal did not answer.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Silence {
-    /// Its host is there, and nobody listens.
-    #[error("refused")]
-    Refused,
-    /// Nothing came back.
-    #[error("no answer in {} s", PROBE_DEADLINE.as_secs())]
-    Deadline,
-    /// The system says why not.
-    #[error("{0}")]
-    Other(std::io::Error),
-}
 
 impl IscsiError {
     /// Is the storage host there on every portal, and nobody listens?
     pub(crate) fn is_refused(&self) -> bool {
-        matches!(self, Self::Unreachable { portals } if portals.iter().all(|(_, why)| matches!(why, Silence::Refused)))
+        matches!(self, Self::Unreachable { portals } if portals.is_refused())
     }
 }
 
@@ -44,8 +27,8 @@ impl IscsiError {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum IscsiError {
     /// No portal answered.
-    #[error("no portal answers: {}", portals.iter().map(|(portal, why)| format!("{portal} ({why})")).collect::<Vec<_>>().join(", "))]
-    Unreachable { portals: Vec<(Portal, Silence)> },
+    #[error("no portal answers: {portals}")]
+    Unreachable { portals: AllSilent },
     /// The target refused name or secret.
     #[error("target {target} at {portal} refused the login: {detail}")]
     Rejected { target: Iqn, portal: Portal, detail: String },
@@ -109,32 +92,10 @@ impl Exit {
 
 /// The first portal that answers; a dead one costs nothing while another lives (F23).
 pub(crate) async fn probe(portals: &[Portal]) -> Result<Portal, IscsiError> {
-    let mut probes = JoinSet::new();
-    for portal in portals.iter().copied() {
-        probes.spawn(async move {
-            let answer = timeout(PROBE_DEADLINE, TcpStream::connect(portal.socket_address())).await;
-            let why = match answer {
-                Ok(Ok(_)) => return Ok(portal),
-                Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => Silence::Refused,
-                Ok(Err(error)) => Silence::Other(error),
-                Err(_) => Silence::Deadline,
-            };
-            Err((portal, why))
-        });
-    }
-    let mut failed = HashMap::new();
-    while let Some(answer) = probes.join_next().await {
-        match answer {
-            Ok(Ok(portal)) => return Ok(portal),
-            Ok(Err((portal, why))) => {
-                failed.insert(portal, why);
-            }
-            // A probe that panicked answered nothing.
-            Err(error) => tracing::error!(%error, "portal probe"),
-        }
-    }
-    let told = portals.iter().filter_map(|portal| Some((*portal, failed.remove(portal)?))).collect();
-    Err(IscsiError::Unreachable { portals: told })
+    let addresses: Vec<SocketAddr> = portals.iter().map(|portal| portal.socket_address()).collect();
+    let first = first_to_answer(&addresses).await.map_err(|portals| IscsiError::Unreachable { portals })?;
+    // What answered is one of those that were asked.
+    Ok(portals.iter().copied().find(|portal| portal.socket_address() == first).unwrap_or(portals[0]))
 }
 
 /// Logs in with the record that is in open-iscsi's database.
@@ -219,18 +180,6 @@ fn failed(command: String, output: &Output) -> CommandError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// F23: a portal that swallows packets does not hold up one that answers.
-    #[tokio::test]
-    async fn f23_a_dead_portal_beside_a_living_one_costs_nothing() {
-        let living = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let alive: Portal = living.local_addr().unwrap().to_string().parse().unwrap();
-        let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let dead: Portal = closed.local_addr().unwrap().to_string().parse().unwrap();
-        drop(closed);
-        assert!(probe(&[dead]).await.unwrap_err().is_refused());
-        assert_eq!(probe(&[dead, alive]).await.unwrap(), alive);
-    }
 
     #[test]
     fn exit_codes_mean_what_open_iscsi_says() {

@@ -4,21 +4,25 @@ use std::path::{Component, Path};
 
 use quick_xml::Writer;
 use quick_xml::events::BytesText;
-use tether_proto::AttachmentId;
+use tether_proto::{AttachmentId, VolumeFormat};
 
-use super::{DiskAddress, DiskPlan, DomainXmlError};
+use super::{DiskAddress, DiskKind, DiskPlan, DomainXmlError};
 
 /// The alias of an attachment's disk. libvirt keeps aliases that begin with `ua-` as they are.
 pub(crate) fn alias_of(attachment: AttachmentId) -> String {
     format!("ua-tether-{attachment}")
 }
 
-/// The `<disk>` element, on one line. The format is always raw: nothing looks into the volume for another (F4).
+/// The `<disk>` element, on one line. It says the format that was stored: nothing looks into the volume for another, nor for
+/// a backing file (F4).
+///
+/// A file is on a server that may go away: the guest is paused on an error and does not see it. Nobody changes the file's
+/// owner: it is the storage host's business who may open it, and root is nobody on a share.
 ///
 /// # Errors
-/// When the device path is not a stable one below `/dev/disk/by-id` (F3).
+/// When the device path is neither a stable one below `/dev/disk/by-id` (F3) nor a file of a mount.
 pub(crate) fn disk_element(plan: &DiskPlan) -> Result<String, DomainXmlError> {
-    check_device_path(&plan.device_path)?;
+    check_device_path(&plan.device_path, plan.kind)?;
     let mut writer = Writer::new(Vec::new());
     write_disk(&mut writer, plan).map_err(DomainXmlError::Write)?;
     String::from_utf8(writer.into_inner())
@@ -27,17 +31,34 @@ pub(crate) fn disk_element(plan: &DiskPlan) -> Result<String, DomainXmlError> {
 
 fn write_disk(writer: &mut Writer<Vec<u8>>, plan: &DiskPlan) -> std::io::Result<()> {
     let options = &plan.options;
-    let disk = writer.create_element("disk").with_attributes([("type", "block"), ("device", "disk")]);
+    let (kind, source, format) = match plan.kind {
+        DiskKind::Block => ("block", "dev", VolumeFormat::Raw),
+        DiskKind::File(format) => ("file", "file", format),
+    };
+    let disk = writer.create_element("disk").with_attributes([("type", kind), ("device", "disk")]);
     disk.write_inner_content(|writer| {
-        let driver = [
+        let mut driver = vec![
             ("name", "qemu"),
-            ("type", "raw"),
+            ("type", format.as_str()),
             ("cache", options.cache.as_str()),
-            ("io", options.io.as_str()),
+            ("io", plan.io().as_str()),
             ("discard", options.discard.as_str()),
         ];
+        if kind == "file" {
+            driver.extend([("error_policy", "stop"), ("rerror_policy", "stop")]);
+        }
         writer.create_element("driver").with_attributes(driver).write_empty()?;
-        writer.create_element("source").with_attribute(("dev", plan.device_path.as_str())).write_empty()?;
+        let source = writer.create_element("source").with_attribute((source, plan.device_path.as_str()));
+        if kind == "file" {
+            source.write_inner_content(|writer| {
+                let label = [("model", "dac"), ("relabel", "no")];
+                writer.create_element("seclabel").with_attributes(label).write_empty().map(drop)
+            })?;
+            // The end of the chain, whatever a header says.
+            writer.create_element("backingStore").write_empty()?;
+        } else {
+            source.write_empty()?;
+        }
         let target = [("dev", plan.target_device.as_str()), ("bus", options.bus.as_str())];
         writer.create_element("target").with_attributes(target).write_empty()?;
         if plan.read_only || options.read_only {
@@ -73,8 +94,8 @@ fn write_address(writer: &mut Writer<Vec<u8>>, address: DiskAddress) -> std::io:
     Ok(())
 }
 
-/// A path in another root (a test's) is fine, as long as its end is `dev/disk/by-id/<name>`.
-fn check_device_path(path: &str) -> Result<(), DomainXmlError> {
+/// A path in another root (a test's) is fine, as long as its end is `dev/disk/by-id/<name>` or `mnt/<mount>/<file>`.
+fn check_device_path(path: &str, kind: DiskKind) -> Result<(), DomainXmlError> {
     let refuse = |problem| Err(DomainXmlError::DevicePath { path: path.to_owned(), problem });
     if !path.bytes().all(|byte| byte.is_ascii_graphic()) {
         return refuse("it has characters that no device path has");
@@ -86,12 +107,16 @@ fn check_device_path(path: &str) -> Result<(), DomainXmlError> {
     if !Path::new(path).components().all(plain) || path.contains("/./") || path.ends_with("/.") {
         return refuse("it has . or .. in it");
     }
-    if path.ends_with('/')
-        || !Path::new(path).parent().is_some_and(|folder| folder.ends_with("dev/disk/by-id"))
-    {
-        return refuse("it is not directly in /dev/disk/by-id");
+    let folder = Path::new(path).parent().filter(|_| !path.ends_with('/'));
+    match kind {
+        DiskKind::Block if !folder.is_some_and(|folder| folder.ends_with("dev/disk/by-id")) => {
+            refuse("it is not directly in /dev/disk/by-id")
+        }
+        DiskKind::File(_) if !folder.and_then(Path::parent).is_some_and(|folder| folder.ends_with("mnt")) => {
+            refuse("it is not directly in a mount of the agent's mnt directory")
+        }
+        DiskKind::Block | DiskKind::File(_) => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -113,6 +138,45 @@ mod tests {
              <address type=\"pci\" domain=\"0x0000\" bus=\"0x07\" slot=\"0x00\" function=\"0x0\"/>\
              </disk>"
         );
+    }
+
+    #[test]
+    fn f4_a_file_has_its_stored_format_no_backing_file_and_keeps_its_owner() {
+        let path = "/var/lib/tether/compute-agent/mnt/0f/v1.qcow2".to_owned();
+        let plan = DiskPlan { device_path: path, kind: DiskKind::File(VolumeFormat::Qcow2), ..plan() };
+        let plan =
+            DiskPlan { options: tether_proto::DiskOptions { io: None, ..plan.options.clone() }, ..plan };
+        assert_eq!(
+            disk_element(&plan).unwrap(),
+            "<disk type=\"file\" device=\"disk\">\
+             <driver name=\"qemu\" type=\"qcow2\" cache=\"none\" io=\"threads\" discard=\"unmap\" \
+             error_policy=\"stop\" rerror_policy=\"stop\"/>\
+             <source file=\"/var/lib/tether/compute-agent/mnt/0f/v1.qcow2\">\
+             <seclabel model=\"dac\" relabel=\"no\"/></source><backingStore/>\
+             <target dev=\"vdb\" bus=\"virtio\"/>\
+             <serial>vol-1</serial>\
+             <alias name=\"ua-tether-67e55044-10b1-426f-9247-bb680e5fe0c8\"/>\
+             <address type=\"pci\" domain=\"0x0000\" bus=\"0x07\" slot=\"0x00\" function=\"0x0\"/>\
+             </disk>"
+        );
+    }
+
+    #[test]
+    fn only_files_directly_in_a_mount_are_written() {
+        for bad in [
+            "/mnt/v1.raw",
+            "/srv/x/v1.raw",
+            "/mnt/x/y/v1.raw",
+            "/mnt/x/../v1.raw",
+            "/mnt/x/",
+            "mnt/x/v1.raw",
+            "/mnt/x/a b",
+            "/dev/disk/by-id/wwn-0x6",
+        ] {
+            let kind = DiskKind::File(VolumeFormat::Raw);
+            let plan = DiskPlan { device_path: bad.to_owned(), kind, ..plan() };
+            assert!(matches!(disk_element(&plan), Err(DomainXmlError::DevicePath { .. })), "{bad:?}");
+        }
     }
 
     #[test]

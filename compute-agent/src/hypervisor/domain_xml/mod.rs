@@ -15,7 +15,7 @@ mod place_tests;
 mod round_trips;
 
 use serde::{Deserialize, Serialize};
-use tether_proto::{AttachmentId, DiskOptions, Serial, TargetDevice};
+use tether_proto::{AttachmentId, DiskIo, DiskOptions, Serial, TargetDevice, VolumeFormat};
 
 pub(crate) use disk::{alias_of, disk_element};
 #[cfg(test)]
@@ -24,6 +24,17 @@ pub(crate) use place::{PlaceError, choose_place};
 pub(crate) use view::DomainView;
 use view::{ControllerView, DriveUse, PciUse};
 
+/// What a disk stands on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum DiskKind {
+    /// A block device, always raw.
+    #[default]
+    Block,
+    /// A file of a share, with the format that the storage host stored.
+    File(VolumeFormat),
+}
+
 /// All that the `<disk>` element of one attachment says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DiskPlan {
@@ -31,8 +42,11 @@ pub(crate) struct DiskPlan {
     pub(crate) attachment: AttachmentId,
     /// How the guest sees the disk. Its wishes (target device, serial) are decided below.
     pub(crate) options: DiskOptions,
-    /// The stable path on this host, `/dev/disk/by-id/wwn-0x…` (F3).
+    /// The stable path on this host, `/dev/disk/by-id/wwn-0x…` (F3), or the file on its mount.
     pub(crate) device_path: String,
+    /// What is at that path. Records of agents that knew iSCSI alone do not say.
+    #[serde(default)]
+    pub(crate) kind: DiskKind,
     /// The serial that the guest sees.
     pub(crate) serial: Serial,
     /// The export is read-only. The disk is, when this or the options say so.
@@ -41,6 +55,15 @@ pub(crate) struct DiskPlan {
     pub(crate) target_device: TargetDevice,
     /// The place on the guest's bus.
     pub(crate) address: DiskAddress,
+}
+
+impl DiskPlan {
+    /// The host's I/O. Linux AIO is for block devices only: submitting to a file on a server that is away stops all of QEMU,
+    /// a thread pool stops the one disk.
+    pub(crate) fn io(&self) -> DiskIo {
+        let native = self.kind == DiskKind::Block && self.options.cache.is_direct();
+        self.options.io.unwrap_or(if native { DiskIo::Native } else { DiskIo::Threads })
+    }
 }
 
 /// A place on the guest's buses, as libvirt's `<address>` tells it.
@@ -125,7 +148,7 @@ pub(crate) enum DomainXmlError {
     },
     /// The path is no stable one, or has characters that do not belong there (F3).
     #[error(
-        "the device path {path:?} is refused: {problem}; only /dev/disk/by-id/… names the same device for ever"
+        "the device path {path:?} is refused: {problem}; only /dev/disk/by-id/… and a file on its mount name the same volume for ever"
     )]
     DevicePath {
         /// The path.

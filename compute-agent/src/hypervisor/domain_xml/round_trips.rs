@@ -2,9 +2,11 @@
 //! a plan.
 
 use proptest::prelude::*;
-use tether_proto::{AttachmentId, DiskBus, DiskCache, DiskDiscard, DiskIo, DiskOptions, TargetDevice};
+use tether_proto::{
+    AttachmentId, DiskBus, DiskCache, DiskDiscard, DiskIo, DiskOptions, TargetDevice, VolumeFormat,
+};
 
-use super::{DiskAddress, DiskPlan, DomainView, alias_of, disk_element};
+use super::{DiskAddress, DiskKind, DiskPlan, DomainView, alias_of, disk_element};
 
 pub(super) const Q35: &str = include_str!("fixtures/q35.xml");
 pub(super) const I440FX: &str = include_str!("fixtures/i440fx.xml");
@@ -17,13 +19,14 @@ pub(super) fn plan() -> DiskPlan {
             bus: DiskBus::Virtio,
             target_device: None,
             cache: DiskCache::None,
-            io: DiskIo::Native,
+            io: Some(DiskIo::Native),
             discard: DiskDiscard::Unmap,
             read_only: false,
             serial: None,
             live_only: false,
         },
         device_path: "/dev/disk/by-id/wwn-0x60014050000000000000000000000001".to_owned(),
+        kind: DiskKind::Block,
         serial: "vol-1".parse().unwrap(),
         read_only: false,
         target_device: "vdb".parse().unwrap(),
@@ -64,20 +67,27 @@ fn plans() -> impl Strategy<Value = DiskPlan> {
             Just(DiskCache::Writeback),
             Just(DiskCache::Directsync)
         ],
-        prop_oneof![Just(DiskIo::Native), Just(DiskIo::Threads), Just(DiskIo::IoUring)],
+        prop::option::of(prop_oneof![Just(DiskIo::Native), Just(DiskIo::Threads), Just(DiskIo::IoUring)]),
         prop_oneof![Just(DiskDiscard::Unmap), Just(DiskDiscard::Ignore)],
         any::<bool>(),
     );
+    let kind = prop_oneof![
+        Just(DiskKind::Block),
+        Just(DiskKind::File(VolumeFormat::Raw)),
+        Just(DiskKind::File(VolumeFormat::Qcow2))
+    ];
     let rest =
         (1u128.., "[!-.0-~]{3,40}", "[a-zA-Z0-9_.+-]{1,20}", any::<bool>(), 0usize..18000, addresses());
-    (options, rest).prop_map(
-        |((bus, cache, io, discard, read_only), (id, name, serial, export, index, address))| {
+    (options, kind, rest).prop_map(
+        |((bus, cache, io, discard, read_only), kind, (id, name, serial, export, index, address))| {
+            let folder = if kind == DiskKind::Block { "dev/disk/by-id" } else { "mnt/0f" };
             let uuid = format!("{id:032x}");
             let uuid = [&uuid[..8], &uuid[8..12], &uuid[12..16], &uuid[16..20], &uuid[20..]].join("-");
             DiskPlan {
                 attachment: uuid.parse::<AttachmentId>().unwrap(),
                 options: DiskOptions { bus, cache, io, discard, read_only, ..plan().options },
-                device_path: format!("/dev/disk/by-id/{name}"),
+                device_path: format!("/{folder}/{name}"),
+                kind,
                 serial: serial.parse().unwrap(),
                 read_only: export,
                 target_device: TargetDevice::at(bus, index).unwrap(),
@@ -151,12 +161,13 @@ proptest! {
         prop_assert_eq!(disk.address, Some(plan.address));
         prop_assert_eq!(disk.read_only, plan.read_only || plan.options.read_only);
         let target = (disk.target_device.as_str(), disk.bus.as_str(), disk.format.as_deref());
-        prop_assert_eq!(target, (plan.target_device.as_str(), plan.options.bus.as_str(), Some("raw")));
+        let format = if plan.kind == DiskKind::File(VolumeFormat::Qcow2) { "qcow2" } else { "raw" };
+        prop_assert_eq!(target, (plan.target_device.as_str(), plan.options.bus.as_str(), Some(format)));
         let driver = (disk.cache.as_deref(), disk.io.as_deref(), disk.discard.as_deref());
         let options = &plan.options;
         prop_assert_eq!(
             driver,
-            (Some(options.cache.as_str()), Some(options.io.as_str()), Some(options.discard.as_str()))
+            (Some(options.cache.as_str()), Some(plan.io().as_str()), Some(options.discard.as_str()))
         );
     }
 

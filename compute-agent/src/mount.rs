@@ -1,0 +1,410 @@
+//! Mounted shares: what is mounted where, mount, unmount, and looking at files through a helper (F25, F26, F46).
+//!
+//! A share has a directory of its own below the agent's mnt directory, named by a hash of server, path and options: another
+//! server, path or option is another mount, and never an old one with other options. Nothing in this process touches a
+//! mount: `mount` and `umount` are programs with a deadline, files are looked at by a helper process for each mount, and
+//! what is mounted is read from `/proc`. Not here: who uses a share (`over_nfs`), and what the kernel's tables mean
+//! (`table`).
+
+mod error;
+pub(crate) mod file_helper;
+mod table;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tether_agent_core::command::{CommandError, CommandLine};
+use tether_agent_core::helper_process::HelperProcess;
+use tether_agent_core::turns::{Turn, Turns};
+use tether_proto::{FileSystemId, ServerAddress, SharePath, VolumeFormat};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::config::{Nfs, NfsVersion};
+use crate::tcp_probe::first_to_answer;
+pub(crate) use error::MountError;
+use file_helper::{Answer, Facts, Question};
+use table::Mounted;
+
+/// Where NFS 4 listens (RFC 8881 section 2.9.3).
+const NFS_PORT: u16 = 2049;
+/// How a share is mounted, whatever else is wished: wait for a server that is away and never lose a write (`hard`), but do
+/// not wait at the mount itself (`retry=0`, nfs(5)); no other mount's options (`nosharecache`, F46); and nothing in it is a
+/// program or a device.
+const OPTIONS: &str = "hard,retry=0,nosharecache,nosuid,nodev,noexec";
+/// How long `mount` or `umount` may take.
+const MOUNT_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a server may take to tell about a file.
+const LOOK_DEADLINE: Duration = Duration::from_secs(10);
+/// How long what this host holds may take to reach the server.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(60);
+/// How long an attachment waits while others mount or unmount the same share.
+const TURN_DEADLINE: Duration = Duration::from_secs(60);
+/// The namespace of our name-based UUIDs (RFC 9562 section 5.5); directories are named by them.
+const NAMESPACE: Uuid = Uuid::from_u128(0x2c0e_9b1d_77a4_4f0e_8d15_60c2_93be_51f7);
+
+/// One mount of one share.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Mount {
+    /// The server that was chosen.
+    pub(crate) server: ServerAddress,
+    /// `192.0.2.1:/srv/share`, as mount takes it and the kernel shows it.
+    pub(crate) share: String,
+    /// Where it is mounted.
+    pub(crate) directory: PathBuf,
+}
+
+/// What is on a mount's directory.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Nothing.
+    Absent,
+    /// The share, as we mount it; with the device of its file system, `MAJOR:MINOR`.
+    Mounted { device: String },
+    /// Something else; what.
+    Other(String),
+}
+
+type Slot = Arc<tokio::sync::Mutex<Option<HelperProcess>>>;
+
+/// All mounts below the mnt directory.
+pub(crate) struct Mounts {
+    directory: PathBuf,
+    mountinfo: PathBuf,
+    volumes: PathBuf,
+    versions: Vec<NfsVersion>,
+    /// Our options and the config's, without the version.
+    options: String,
+    turns: Turns<FileSystemId>,
+    helpers: Mutex<HashMap<PathBuf, Slot>>,
+    /// Processes that the kernel does not let end, by the directory they hang at: pid, and when it started.
+    stuck: Mutex<HashMap<PathBuf, (u32, String)>>,
+}
+
+impl Mounts {
+    /// Makes the mnt directory below the state directory. QEMU, which is not root, passes through both.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(crate) fn open(state_directory: &Path, config: &Nfs) -> Result<Self, MountError> {
+        let directory = state_directory.join("mnt");
+        let made = fs::DirBuilder::new().recursive(true).mode(0o711).create(&directory);
+        made.map_err(|source| MountError::Io { action: "making", path: directory.clone(), source })?;
+        let more: String = config.options.iter().map(|option| format!(",{}", option.as_str())).collect();
+        Ok(Self {
+            directory,
+            mountinfo: "/proc/self/mountinfo".into(),
+            volumes: "/proc/fs/nfsfs/volumes".into(),
+            versions: config.versions.clone(),
+            options: format!("{OPTIONS}{more}"),
+            turns: Turns::default(),
+            helpers: Mutex::default(),
+            stuck: Mutex::default(),
+        })
+    }
+
+    /// A turn at a share: who mounts or unmounts it, or counts who uses it, does so alone.
+    pub(crate) async fn turn(&self, share: FileSystemId) -> Result<Turn, MountError> {
+        self.turns.wait(share, TURN_DEADLINE).await.ok_or(MountError::Busy)
+    }
+
+    /// The mount of a share from one server, with this config's options.
+    pub(crate) fn mount_of(&self, server: ServerAddress, path: &SharePath) -> Mount {
+        let share = server.share(path);
+        let versions: Vec<&str> = self.versions.iter().map(|version| version.as_str()).collect();
+        let key = format!("{share} {} {}", self.options, versions.join("/"));
+        let name = Uuid::new_v5(&NAMESPACE, key.as_bytes()).simple().to_string();
+        Mount { server, share, directory: self.directory.join(name) }
+    }
+
+    /// The first server that answers.
+    pub(crate) async fn probe(&self, servers: &[ServerAddress]) -> Result<ServerAddress, MountError> {
+        let addresses: Vec<SocketAddr> =
+            servers.iter().map(|server| SocketAddr::new(server.address(), NFS_PORT)).collect();
+        let first =
+            first_to_answer(&addresses).await.map_err(|servers| MountError::Unreachable { servers })?;
+        // What answered is one of those that were asked.
+        Ok(servers.iter().copied().find(|server| server.address() == first.ip()).unwrap_or(servers[0]))
+    }
+
+    /// What the kernel has on the directory of a mount.
+    pub(crate) fn state(&self, mount: &Mount) -> Result<State, MountError> {
+        let text = read(&self.mountinfo)?;
+        let found = table::mounted_on(&text, &mount.directory).map_err(MountError::Report)?;
+        Ok(match found {
+            None => State::Absent,
+            Some(found) if self.is_as_we_mount(mount, &found) => State::Mounted { device: found.device },
+            Some(found) => State::Other(format!("{} {}", found.kind, found.source)),
+        })
+    }
+
+    /// Server, path and the options that matter to a guest's data (F46).
+    fn is_as_we_mount(&self, mount: &Mount, found: &Mounted) -> bool {
+        found.kind == "nfs4"
+            && found.source == mount.share
+            && found.has("hard")
+            && found.has("rw")
+            && self.versions.iter().any(|version| found.has(&format!("vers={}", version.as_str())))
+    }
+
+    /// Mounts, unless it is mounted. Versions are tried in the config's order.
+    pub(crate) async fn mount(&self, mount: &Mount) -> Result<(), MountError> {
+        self.check_not_stuck(mount)?;
+        make_directory(&mount.directory)?;
+        let mut refused = None;
+        for version in &self.versions {
+            let options = format!("vers={},{}", version.as_str(), self.options);
+            let command = CommandLine::new("/bin/mount")
+                .args(["-t", "nfs", "-o", &options, &mount.share])
+                .arg(&mount.directory)
+                .deadline(MOUNT_DEADLINE);
+            match command.run().await {
+                Ok(_) => {
+                    return match self.state(mount)? {
+                        State::Mounted { .. } => Ok(()),
+                        other => Err(MountError::ReadBack { mount: mount.clone(), found: other.describe() }),
+                    };
+                }
+                Err(error) => {
+                    let error = self.told(mount, error);
+                    if !matches!(&error, MountError::Mount { source, .. } if is_another_version(source)) {
+                        return Err(error);
+                    }
+                    refused = Some(error);
+                }
+            }
+        }
+        Err(refused.unwrap_or(MountError::Report("no version of NFS is configured".to_owned())))
+    }
+
+    /// Unmounts, removes the directory and ends the helper, as far as they are there.
+    pub(crate) async fn unmount(&self, mount: &Mount) -> Result<(), MountError> {
+        self.check_not_stuck(mount)?;
+        self.end_helper(mount).await?;
+        match self.state(mount)? {
+            State::Absent => {}
+            State::Other(found) => return Err(MountError::Taken { mount: mount.clone(), found }),
+            State::Mounted { .. } => {
+                // The path is ours and straight: umount need not ask the server where it leads.
+                let command = CommandLine::new("/bin/umount").arg("--no-canonicalize").arg(&mount.directory);
+                let outcome = command.deadline(MOUNT_DEADLINE).run().await;
+                outcome.map_err(|error| self.told(mount, error))?;
+                let left = self.state(mount)?;
+                if left != State::Absent {
+                    return Err(MountError::ReadBack { mount: mount.clone(), found: left.describe() });
+                }
+            }
+        }
+        match fs::remove_dir(&mount.directory) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(MountError::Io { action: "removing", path: mount.directory.clone(), source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Does the server of a mounted share answer, now?
+    pub(crate) async fn check_alive(&self, mount: &Mount) -> Result<(), MountError> {
+        self.probe(&[mount.server]).await?;
+        match self.ask(mount, &Question::Alive(mount.directory.clone()), LOOK_DEADLINE).await? {
+            // A stale handle is an answer, too.
+            Answer::Done | Answer::Failed { .. } => Ok(()),
+            other => Err(MountError::Report(format!("the file helper answered {other:?}"))),
+        }
+    }
+
+    /// What a file of the share is, and whether it is in the file system that the storage host named.
+    pub(crate) async fn look(
+        &self,
+        mount: &Mount,
+        path: &Path,
+        format: VolumeFormat,
+        file_system: FileSystemId,
+    ) -> Result<Facts, MountError> {
+        let State::Mounted { device } = self.state(mount)? else {
+            return Err(MountError::ReadBack { mount: mount.clone(), found: "nothing".to_owned() });
+        };
+        if !table::has_file_system_id(&read(&self.volumes)?, &device, file_system) {
+            return Err(MountError::OtherFileSystem { mount: mount.clone(), wanted: file_system });
+        }
+        let question = Question::Look { path: path.to_owned(), format };
+        let facts = match self.ask(mount, &question, LOOK_DEADLINE).await? {
+            Answer::Found(facts) => facts,
+            Answer::Unfit(problem) => return Err(MountError::Unfit { path: path.to_owned(), problem }),
+            Answer::Failed { errno, message } => {
+                return Err(MountError::File { path: path.to_owned(), errno, message });
+            }
+            Answer::Done => return Err(MountError::Report("the file helper found nothing".to_owned())),
+        };
+        if facts.device != device {
+            return Err(MountError::ReadBack { mount: mount.clone(), found: facts.device });
+        }
+        Ok(facts)
+    }
+
+    /// Writes what this host holds of a file to the server.
+    pub(crate) async fn flush(&self, mount: &Mount, path: &Path) -> Result<(), MountError> {
+        match self.ask(mount, &Question::Flush(path.to_owned()), FLUSH_DEADLINE).await? {
+            Answer::Done => Ok(()),
+            Answer::Failed { errno, message } => {
+                Err(MountError::File { path: path.to_owned(), errno, message })
+            }
+            other => Err(MountError::Report(format!("the file helper answered {other:?}"))),
+        }
+    }
+
+    /// Grows the file of a qcow2 volume that no QEMU has open; QEMU's lock on the file says so, too.
+    pub(crate) async fn grow_qcow2(&self, mount: &Mount, path: &Path, bytes: u64) -> Result<(), MountError> {
+        let command = CommandLine::new("/usr/bin/qemu-img")
+            .args(["resize", "-q", "-f", VolumeFormat::Qcow2.as_str()])
+            .arg(path)
+            .arg(bytes.to_string())
+            .deadline(FLUSH_DEADLINE);
+        command.run().await.map(drop).map_err(|error| match self.told(mount, error) {
+            MountError::Mount { source, .. } => MountError::Grow { path: path.to_owned(), source },
+            other => other,
+        })
+    }
+
+    /// Asks the mount's helper. The first to ask starts it; one that died is started again, one that hangs is given up.
+    async fn ask(
+        &self,
+        mount: &Mount,
+        question: &Question,
+        deadline: Duration,
+    ) -> Result<Answer, MountError> {
+        self.check_not_stuck(mount)?;
+        let silent = || MountError::Unresponsive { share: mount.share.clone(), deadline };
+        let text = serde_json::to_string(question).map_err(|error| MountError::Report(error.to_string()))?;
+        let slot = self.slot(mount);
+        let Ok(mut held) = timeout(deadline, slot.lock_owned()).await else { return Err(silent()) };
+        let program = || CommandLine::new("/proc/self/exe").arg(file_helper::ARGUMENT);
+        let kept = held.take();
+        let was_kept = kept.is_some();
+        let mut helper = match kept {
+            Some(helper) => helper,
+            None => HelperProcess::start(&program()).map_err(MountError::Helper)?,
+        };
+        let mut answer = helper.ask(&text, deadline).await;
+        if was_kept && matches!(answer, Err(CommandError::Io { .. })) {
+            helper = HelperProcess::start(&program()).map_err(MountError::Helper)?;
+            answer = helper.ask(&text, deadline).await;
+        }
+        match answer {
+            Ok(answer) => {
+                *held = Some(helper);
+                serde_json::from_str(&answer).map_err(|error| MountError::Report(error.to_string()))
+            }
+            Err(error) => {
+                let late = matches!(error, CommandError::Deadline { .. });
+                if let Some(pid) = helper.end().await {
+                    self.note_stuck(mount, pid);
+                }
+                Err(if late { silent() } else { MountError::Helper(error) })
+            }
+        }
+    }
+
+    async fn end_helper(&self, mount: &Mount) -> Result<(), MountError> {
+        let slot = self.helpers().remove(&mount.directory);
+        let Some(slot) = slot else { return Ok(()) };
+        let Ok(mut held) = timeout(LOOK_DEADLINE, slot.lock_owned()).await else {
+            return Err(MountError::Unresponsive { share: mount.share.clone(), deadline: LOOK_DEADLINE });
+        };
+        if let Some(helper) = held.take()
+            && let Some(pid) = helper.end().await
+        {
+            self.note_stuck(mount, pid);
+        }
+        Ok(())
+    }
+
+    fn slot(&self, mount: &Mount) -> Slot {
+        self.helpers().entry(mount.directory.clone()).or_default().clone()
+    }
+
+    fn helpers(&self) -> std::sync::MutexGuard<'_, HashMap<PathBuf, Slot>> {
+        // Each change is one insert or remove; a panic elsewhere cannot leave it half done.
+        self.helpers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a failed mount or umount means. One that could not be ended keeps its directory busy (F25).
+    fn told(&self, mount: &Mount, error: CommandError) -> MountError {
+        if let CommandError::Deadline { stuck_pid: Some(pid), .. } = &error {
+            self.note_stuck(mount, *pid);
+        }
+        MountError::Mount { mount: mount.clone(), source: error }
+    }
+
+    fn note_stuck(&self, mount: &Mount, pid: u32) {
+        tracing::error!(pid, share = %mount.share, "a process hangs in the kernel at this share");
+        let Some(started) = started(pid) else { return };
+        let mut stuck = self.stuck.lock().unwrap_or_else(PoisonError::into_inner);
+        stuck.insert(mount.directory.clone(), (pid, started));
+    }
+
+    /// One process that hangs at a share is enough: no second one is sent after it.
+    fn check_not_stuck(&self, mount: &Mount) -> Result<(), MountError> {
+        let mut stuck = self.stuck.lock().unwrap_or_else(PoisonError::into_inner);
+        match stuck.get(&mount.directory) {
+            Some((pid, when)) if started(*pid).as_ref() == Some(when) => {
+                Err(MountError::Stuck { share: mount.share.clone(), pid: *pid })
+            }
+            _ => {
+                stuck.remove(&mount.directory);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl State {
+    fn describe(&self) -> String {
+        match self {
+            Self::Absent => "nothing".to_owned(),
+            Self::Mounted { device } => format!("the share, device {device}"),
+            Self::Other(what) => what.clone(),
+        }
+    }
+}
+
+/// Does mount.nfs say that the server does not speak this version?
+fn is_another_version(error: &CommandError) -> bool {
+    let CommandError::Failed { stderr, .. } = error else { return false };
+    stderr.contains("Protocol not supported")
+        || stderr.contains("NFS version or transport protocol is not supported")
+}
+
+/// When a process started, in clock ticks after boot: with the pid it names a process for ever (proc_pid_stat(5)).
+fn started(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19).map(str::to_owned)
+}
+
+fn read(path: &Path) -> Result<String, MountError> {
+    fs::read_to_string(path).map_err(|source| MountError::Io {
+        action: "reading",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Makes the directory to mount on. One that is there is left over from an attach that was cut off.
+fn make_directory(path: &Path) -> Result<(), MountError> {
+    match fs::DirBuilder::new().mode(0o711).create(path) {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            Err(MountError::Io { action: "making", path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

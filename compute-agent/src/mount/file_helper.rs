@@ -1,0 +1,197 @@
+//! The helper that looks at files of a share. It is this very program, started with another argument, one for each mount:
+//! whatever touches the mount hangs when the server is away, so the helper may hang, and the agent never does (F26).
+//!
+//! Here: what is asked and answered, the helper's side, and how it looks. Not here: starting, asking and giving it up
+//! (`mount`).
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use nix::fcntl::OFlag;
+use nix::sys::stat::{major, minor};
+use serde::{Deserialize, Serialize};
+use tether_proto::VolumeFormat;
+
+/// The argument that makes this program a helper.
+pub(crate) const ARGUMENT: &str = "file-helper";
+
+/// What the agent wants to know.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Question {
+    /// Does the server answer? Asks it for the file system's figures, which no client keeps.
+    Alive(PathBuf),
+    /// What is this file?
+    Look { path: PathBuf, format: VolumeFormat },
+    /// Write what this host holds of the file to the server.
+    Flush(PathBuf),
+}
+
+/// What the helper found.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    /// It is alive, or flushed.
+    Done,
+    /// A regular file, and its format is sound.
+    Found(Facts),
+    /// It is there, and no volume of ours.
+    Unfit(String),
+    /// The system said no.
+    Failed { errno: i32, message: String },
+}
+
+/// What identifies a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Facts {
+    /// Its inode number.
+    pub(crate) inode: u64,
+    /// `MAJOR:MINOR` of its file system.
+    pub(crate) device: String,
+    /// What a guest would see, in bytes: of a raw file its length, of a qcow2 file what its header says.
+    pub(crate) size: u64,
+}
+
+/// The helper: answers until its standard input ends.
+pub(crate) fn serve() -> ExitCode {
+    // So that ps tells it from the agent.
+    if nix::sys::prctl::set_name(c"tether-files").is_err() {
+        return ExitCode::FAILURE;
+    }
+    let mut answers = io::stdout().lock();
+    for question in io::stdin().lock().lines() {
+        let answer = match question.map(|text| serde_json::from_str(&text)) {
+            Ok(Ok(question)) => answer(&question),
+            Ok(Err(_)) | Err(_) => return ExitCode::FAILURE,
+        };
+        let told = serde_json::to_string(&answer).map_err(io::Error::from);
+        if told.and_then(|text| writeln!(answers, "{text}").and_then(|()| answers.flush())).is_err() {
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn answer(question: &Question) -> Answer {
+    let outcome = match question {
+        Question::Alive(path) => {
+            nix::sys::statvfs::statvfs(path).map(|_| Answer::Done).map_err(io::Error::from)
+        }
+        Question::Look { path, format } => look(path, *format),
+        Question::Flush(path) => open(path).and_then(|file| file.sync_all()).map(|()| Answer::Done),
+    };
+    outcome.unwrap_or_else(|error| Answer::Failed {
+        errno: error.raw_os_error().unwrap_or_default(),
+        message: error.to_string(),
+    })
+}
+
+/// Opening asks the server for the file of this name now; a mere stat may be answered from memory.
+fn open(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)
+}
+
+fn look(path: &Path, format: VolumeFormat) -> io::Result<Answer> {
+    let mut file = open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Ok(Answer::Unfit("it is no regular file".to_owned()));
+    }
+    let size = match format {
+        VolumeFormat::Raw => metadata.len(),
+        VolumeFormat::Qcow2 => {
+            let mut header = [0; QCOW2_HEADER];
+            match file.read_exact(&mut header).map(|()| qcow2_size(&header)) {
+                Ok(Ok(size)) => size,
+                Ok(Err(problem)) => return Ok(Answer::Unfit(problem.to_owned())),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Ok(Answer::Unfit("it is too short for a qcow2 file".to_owned()));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    };
+    let device = metadata.dev();
+    Ok(Answer::Found(Facts {
+        inode: metadata.ino(),
+        device: format!("{}:{}", major(device), minor(device)),
+        size,
+    }))
+}
+
+/// As much of a qcow2 header as is read, in bytes (QEMU's docs/interop/qcow2.txt: version 3 has 104 and more).
+const QCOW2_HEADER: usize = 104;
+
+/// The size that the header of a qcow2 file tells. Its format is known: this checks that the file is as it was made, and
+/// leads QEMU to no other file (F4).
+fn qcow2_size(header: &[u8; QCOW2_HEADER]) -> Result<u64, &'static str> {
+    const EXTERNAL_DATA_FILE: u64 = 1 << 2;
+    let number =
+        |at: usize| header[at..at + 8].iter().fold(0u64, |number, byte| number << 8 | u64::from(*byte));
+    if header[..8] != *b"QFI\xfb\0\0\0\x03" {
+        return Err("it has no header of a qcow2 file of version 3");
+    }
+    if number(8) != 0 {
+        return Err("its header names a backing file");
+    }
+    if number(72) & EXTERNAL_DATA_FILE != 0 {
+        return Err("its header names an external data file");
+    }
+    Ok(number(24))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(change: impl FnOnce(&mut [u8; QCOW2_HEADER])) -> [u8; QCOW2_HEADER] {
+        let mut header = [0; QCOW2_HEADER];
+        header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        header[24..32].copy_from_slice(&(64u64 << 20).to_be_bytes());
+        change(&mut header);
+        header
+    }
+
+    #[test]
+    fn f4_a_header_that_leads_elsewhere_is_refused() {
+        assert_eq!(qcow2_size(&header(|_| ())), Ok(64 << 20));
+        assert!(qcow2_size(&header(|h| h[0] = 0)).is_err());
+        assert!(qcow2_size(&header(|h| h[7] = 2)).is_err());
+        assert!(qcow2_size(&header(|h| h[15] = 1)).unwrap_err().contains("backing"));
+        assert!(qcow2_size(&header(|h| h[79] = 4)).unwrap_err().contains("data file"));
+        assert!(qcow2_size(&header(|h| h[79] = 1)).is_ok(), "dirty is no lead");
+    }
+
+    /// F4: what a guest writes into a raw volume is data, whatever it looks like.
+    #[test]
+    fn f4_a_raw_file_is_its_bytes_whatever_they_look_like() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("v1.raw");
+        std::fs::write(&path, header(|h| h[15] = 1)).unwrap();
+        let raw = look(&path, VolumeFormat::Raw).unwrap();
+        assert!(matches!(&raw, Answer::Found(facts) if facts.size == QCOW2_HEADER as u64), "{raw:?}");
+        assert!(matches!(look(&path, VolumeFormat::Qcow2).unwrap(), Answer::Unfit(_)));
+        std::fs::write(&path, header(|_| ())).unwrap();
+        let qcow2 = look(&path, VolumeFormat::Qcow2).unwrap();
+        assert!(matches!(&qcow2, Answer::Found(facts) if facts.size == 64 << 20), "{qcow2:?}");
+        std::fs::write(&path, "short").unwrap();
+        assert!(matches!(look(&path, VolumeFormat::Qcow2).unwrap(), Answer::Unfit(_)));
+    }
+
+    #[test]
+    fn links_folders_and_absent_files_are_no_volumes() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("v1.raw"), "x").unwrap();
+        std::os::unix::fs::symlink("v1.raw", folder.path().join("link")).unwrap();
+        let ask = |name: &str| {
+            answer(&Question::Look { path: folder.path().join(name), format: VolumeFormat::Raw })
+        };
+        assert!(matches!(ask("link"), Answer::Failed { errno, .. } if errno == nix::Error::ELOOP as i32));
+        assert!(matches!(ask("none"), Answer::Failed { errno, .. } if errno == nix::Error::ENOENT as i32));
+        assert!(matches!(ask("."), Answer::Unfit(_)));
+        assert_eq!(answer(&Question::Alive(folder.path().to_owned())), Answer::Done);
+        assert_eq!(answer(&Question::Flush(folder.path().join("v1.raw"))), Answer::Done);
+    }
+}

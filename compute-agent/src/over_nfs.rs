@@ -1,0 +1,245 @@
+//! What Attach, Detach and ResizeAttachment do for a volume over NFS: the order of connecting (server, mount, verify the
+//! file) and of disconnecting (flush, unmount), each observed (F15). Not here: the domain (`attach`, `detach`, `resize`),
+//! and how each single thing is done (`mount`).
+//!
+//! A mount's users are the attachments in the journal that name it, those of domains that are shut off too (F19): the first
+//! mounts, the last unmounts. They are counted under the share's turn, and a new record is written under it, too, so that no
+//! mount is taken away under an attach that has begun.
+
+use std::path::{Path, PathBuf};
+
+use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::steps::Steps;
+use tether_agent_core::turns::Turn;
+use tether_proto::{AttachmentId, ByteSize, NfsConnection, Transport, VolumeFormat};
+
+use crate::attach::{HostDisk, Known};
+use crate::attachments::Attachments;
+use crate::detach::buffered;
+use crate::hypervisor::domain_xml::DiskKind;
+use crate::mount::file_helper::Facts;
+use crate::mount::{Mount, MountError, State};
+use crate::record::Attachment;
+
+impl Attachments {
+    /// Decides from which server a share is mounted, before anything is done: one that is mounted or about to be, else the
+    /// first that answers. Gives the turn at the share. Nothing to decide over iSCSI.
+    pub(crate) async fn choose_mount(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: &mut Attachment,
+    ) -> Result<Option<Turn>, Failure> {
+        let Transport::Nfs(nfs) = attachment.connection.transport.clone() else { return Ok(None) };
+        steps
+            .run("choose-server", async {
+                let turn = self.mounts.turn(nfs.file_system_id).await?;
+                let mut mounts = nfs.servers.iter().map(|server| self.mounts.mount_of(*server, &nfs.path));
+                let used = mounts.find(|mount| self.is_used(mount, id));
+                let mount = match used {
+                    Some(mount) => {
+                        self.mounts.probe(&[mount.server]).await?;
+                        mount
+                    }
+                    None => self.mounts.mount_of(self.mounts.probe(&nfs.servers).await?, &nfs.path),
+                };
+                self.mount_users().entry(mount.directory.clone()).or_default().insert(id);
+                attachment.mount = Some(mount);
+                Ok::<_, Failure>(Some(turn))
+            })
+            .await
+    }
+
+    /// Does an attachment other than this one use the mount?
+    fn is_used(&self, mount: &Mount, except: AttachmentId) -> bool {
+        let users = self.mount_users();
+        users.get(&mount.directory).is_some_and(|users| users.iter().any(|id| *id != except))
+    }
+
+    /// The share mounted, and the file compared with what the storage host said.
+    pub(crate) async fn connect_nfs(
+        &self,
+        steps: &Steps,
+        attachment: &Attachment,
+        nfs: &NfsConnection,
+        known: Known,
+    ) -> Result<HostDisk, Failure> {
+        let mount = placed(attachment)?;
+        let turn = self.mounts.turn(nfs.file_system_id).await?;
+        let connected = match self.mounts.state(mount)? {
+            State::Mounted { .. } => false,
+            State::Other(found) => {
+                let taken = MountError::Taken { mount: mount.clone(), found };
+                return Err(Failure::from(taken).at("mount-share"));
+            }
+            State::Absent if known.in_live => {
+                // QEMU has the file of a mount that was taken away by force, and a new mount does not change that.
+                return Err(Failure::new(
+                    Reason::DeviceInUse,
+                    format!("domain {} still has a file of a mount that is gone", attachment.domain_name),
+                )
+                .at("mount-share")
+                .next("shut the domain off, then call again"));
+            }
+            State::Absent => {
+                steps.run("mount-share", async { Ok::<_, Failure>(self.mounts.mount(mount).await?) }).await?;
+                true
+            }
+        };
+        drop(turn);
+        let sizes = [attachment.connection.size, known.size];
+        let size = self.verify_file(steps, mount, nfs, sizes).await?;
+        let path = file_of(mount, nfs).display().to_string();
+        Ok(HostDisk { path, kind: DiskKind::File(nfs.format), size, connected })
+    }
+
+    /// Is it the file that the storage host named: file system, inode number, size (rule 1)? Gives the size, one of two, for
+    /// the volume may have been extended since.
+    async fn verify_file(
+        &self,
+        steps: &Steps,
+        mount: &Mount,
+        nfs: &NfsConnection,
+        sizes: [ByteSize; 2],
+    ) -> Result<ByteSize, Failure> {
+        let path = file_of(mount, nfs);
+        steps
+            .run("verify-file", async {
+                let facts = self.look(mount, &path, nfs).await?;
+                sizes.into_iter().find(|size| size.bytes() == facts.size).ok_or_else(|| {
+                    let (found, wanted) = (facts.size, sizes[0].bytes());
+                    wrong(&path, &format!("has {found} bytes and not {wanted}"))
+                })
+            })
+            .await
+    }
+
+    /// What the file is, when it is the one that the storage host named.
+    async fn look(&self, mount: &Mount, path: &Path, nfs: &NfsConnection) -> Result<Facts, Failure> {
+        let facts = self.mounts.look(mount, path, nfs.format, nfs.file_system_id).await?;
+        if facts.inode != nfs.inode {
+            return Err(wrong(path, &format!("has inode number {} and not {}", facts.inode, nfs.inode)));
+        }
+        Ok(facts)
+    }
+
+    /// Before a disk is taken out of a domain: does the server answer? QEMU closes the file, and would hang with all of the
+    /// guest at a server that is away.
+    pub(crate) async fn check_server(&self, steps: &Steps, attachment: &Attachment) -> Result<(), Failure> {
+        let Some(mount) = &attachment.mount else { return Ok(()) };
+        if !matches!(self.mounts.state(mount)?, State::Mounted { .. }) {
+            return Ok(());
+        }
+        steps
+            .run("check-server", async {
+                self.mounts.check_alive(mount).await.map_err(|error| {
+                    let failure = Failure::from(error);
+                    match failure.reason {
+                        Reason::ServerUnreachable => failure.next(
+                            "the disk stays: the guest's writes wait for the server. Bring the storage host back, then \
+                             detach again",
+                        ),
+                        _ => failure,
+                    }
+                })
+            })
+            .await
+    }
+
+    /// Flushes, and unmounts when nobody else uses the mount.
+    pub(crate) async fn disconnect_nfs(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: &Attachment,
+        nfs: &NfsConnection,
+        was_plugged: bool,
+    ) -> Result<(), Failure> {
+        let Some(mount) = &attachment.mount else { return Ok(()) };
+        let mounted = matches!(self.mounts.state(mount)?, State::Mounted { .. });
+        if was_plugged && buffered(attachment.options.cache) {
+            if mounted {
+                self.flush_file(steps, mount, nfs).await?;
+            } else {
+                tracing::error!(share = %mount.share, "unmounted before the flush: writes that the host held may be lost");
+            }
+        }
+        let _turn = self.mounts.turn(nfs.file_system_id).await?;
+        if self.is_used(mount, id) {
+            return Ok(());
+        }
+        if let State::Other(found) = self.mounts.state(mount)? {
+            // Ours is below it or gone. What is there is not ours to take away, and nothing of this attachment is in it.
+            tracing::warn!(directory = %mount.directory.display(), %found, "somebody else's mount stays");
+            return Ok(());
+        }
+        steps.run("unmount-share", async { Ok::<_, Failure>(self.mounts.unmount(mount).await?) }).await
+    }
+
+    async fn flush_file(&self, steps: &Steps, mount: &Mount, nfs: &NfsConnection) -> Result<(), Failure> {
+        steps
+            .run("flush", async {
+                match self.mounts.flush(mount, &file_of(mount, nfs)).await {
+                    Err(error) if error.is_gone() => {
+                        tracing::warn!(share = %mount.share, file = %nfs.file, "the file is gone: nothing to flush");
+                        Ok(())
+                    }
+                    Err(error) => {
+                        Err(Failure { reason: Reason::FlushFailed, next: None, ..Failure::from(error) })
+                    }
+                    Ok(()) => Ok(()),
+                }
+            })
+            .await
+    }
+
+    /// The file has the volume's new size, or a qcow2 file is about to get it. Gives the size that it has.
+    pub(crate) async fn look_again(
+        &self,
+        steps: &Steps,
+        attachment: &Attachment,
+        nfs: &NfsConnection,
+    ) -> Result<u64, Failure> {
+        let mount = placed(attachment)?;
+        let path = file_of(mount, nfs);
+        steps
+            .run("verify-file", async {
+                self.mounts.check_alive(mount).await?;
+                Ok::<_, Failure>(self.look(mount, &path, nfs).await?.size)
+            })
+            .await
+    }
+
+    /// Grows the file of a qcow2 volume whose domain is shut off.
+    pub(crate) async fn grow_file(
+        &self,
+        steps: &Steps,
+        attachment: &Attachment,
+        nfs: &NfsConnection,
+        size: ByteSize,
+    ) -> Result<(), Failure> {
+        debug_assert_eq!(nfs.format, VolumeFormat::Qcow2);
+        let mount = placed(attachment)?;
+        let path = file_of(mount, nfs);
+        let grown = self.mounts.grow_qcow2(mount, &path, size.bytes());
+        steps.run("grow-file", async { Ok::<_, Failure>(grown.await?) }).await
+    }
+}
+
+fn file_of(mount: &Mount, nfs: &NfsConnection) -> PathBuf {
+    mount.directory.join(nfs.file.as_str())
+}
+
+fn wrong(path: &Path, problem: &str) -> Failure {
+    Failure::new(Reason::WrongDevice, format!("{} {problem}", path.display())).next(
+        "do not use it; compare the file's inode number and size on both hosts (stat), then export again under a new id",
+    )
+}
+
+/// Where the share belongs. A record of an attachment over NFS always says.
+fn placed(attachment: &Attachment) -> Result<&Mount, Failure> {
+    attachment
+        .mount
+        .as_ref()
+        .ok_or_else(|| Failure::new(Reason::Internal, "the record has no place for the share"))
+}
