@@ -9,7 +9,7 @@ use tether_proto::wire::compute_agent_client::ComputeAgentClient;
 use tether_proto::wire::storage_agent_client::StorageAgentClient;
 use tether_proto::wire::watch_operation_request::Key;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 use crate::config::{Address, Config, Host};
 use crate::failure::{Failure, Result};
@@ -102,6 +102,13 @@ impl Agent {
             Kind::Compute => self.compute().watch_operation(request).await,
         };
         Ok(stream?.into_inner())
+    }
+
+    /// A reply without what it must hold.
+    pub(crate) fn incomplete(&self, missing: &str) -> Box<Failure> {
+        let message = format!("the reply of {} holds no {missing}", self.name());
+        Failure::new(Code::Internal, "AGENT_REPLY", message)
+            .next("see that both ends of Tether have the same version")
     }
 
     /// What a failed call says. Trouble on the way is told with its cause.

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use tether_proto::{
     AttachmentId, ByteSize, DiskBus, DiskCache, DiskDiscard, DiskIo, DomainName, PoolName, Serial,
-    TargetDevice, VolumeKey,
+    TargetDevice, VolumeFormat, VolumeKey, wire,
 };
 
 const GLOBAL: &str = "Global options";
@@ -51,9 +51,12 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Make, show, list and delete volumes.
+    /// Make, show, list, extend and delete volumes.
     #[command(subcommand)]
     Volume(VolumeVerb),
+    /// See the pools in which volumes live.
+    #[command(subcommand)]
+    Pool(PoolVerb),
     /// Make a volume a disk of a domain.
     Attach(Box<Attach>),
     /// Take a disk out of its domain and end its export.
@@ -76,17 +79,9 @@ pub(crate) enum Verb {
 #[derive(Debug, Subcommand)]
 pub(crate) enum VolumeVerb {
     /// Make a volume.
-    #[command(after_help = "Example:\n  tether volume create tether/v1 10G")]
-    Create {
-        /// Pool and name of the volume.
-        #[arg(value_name = "POOL/NAME")]
-        volume: VolumeKey,
-        /// Its size: 10G and 10GiB are 10 x 2^30 bytes, 10GB is 10 x 10^9.
-        #[arg(value_name = "SIZE", allow_hyphen_values = true)]
-        size: ByteSize,
-        #[command(flatten)]
-        host: StorageHost,
-    },
+    Create(Create),
+    /// Make a volume larger, also while it is attached; its guest sees the new size at once.
+    Extend(Extend),
     /// Show a volume.
     #[command(after_help = "Example:\n  tether volume show tether/v1")]
     Show {
@@ -111,6 +106,72 @@ pub(crate) enum VolumeVerb {
         /// Pool and name of the volume.
         #[arg(value_name = "POOL/NAME")]
         volume: VolumeKey,
+        #[command(flatten)]
+        host: StorageHost,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  tether volume create tether/v1 10G
+  tether volume create share/v1 10G --format qcow2")]
+pub(crate) struct Create {
+    /// Pool and name of the volume.
+    #[arg(value_name = "POOL/NAME")]
+    pub(crate) volume: VolumeKey,
+    /// Its size: 10G and 10GiB are 10 x 2^30 bytes, 10GB is 10 x 10^9.
+    #[arg(value_name = "SIZE", allow_hyphen_values = true)]
+    pub(crate) size: ByteSize,
+    /// What is in it: raw, or qcow2 in a pool that is a directory [default: raw].
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: Option<VolumeFormat>,
+    /// thick takes all space at once, thin takes it as it is written [default: as the pool does].
+    #[arg(long, value_name = "HOW", hide_possible_values = true)]
+    pub(crate) provisioning: Option<Provisioning>,
+    #[command(flatten)]
+    pub(crate) host: StorageHost,
+}
+
+/// How a volume's space is had.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Provisioning {
+    Thick,
+    Thin,
+}
+
+impl From<Provisioning> for wire::Provisioning {
+    fn from(provisioning: Provisioning) -> Self {
+        match provisioning {
+            Provisioning::Thick => Self::Thick,
+            Provisioning::Thin => Self::Thin,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  tether volume extend tether/v1 20G
+
+First the volume is made larger, then the guest that has it is told. When the second part fails, the same command
+again finishes it. A volume is never made smaller. What is in it, such as a file system, is enlarged in the guest.")]
+pub(crate) struct Extend {
+    /// Pool and name of the volume.
+    #[arg(value_name = "POOL/NAME")]
+    pub(crate) volume: VolumeKey,
+    /// Its new size, written as for `tether volume create`.
+    #[arg(value_name = "SIZE", allow_hyphen_values = true)]
+    pub(crate) size: ByteSize,
+    #[command(flatten)]
+    pub(crate) host: StorageHost,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PoolVerb {
+    /// List pools and their room, of all storage hosts unless one is named.
+    #[command(after_help = "Example:\n  tether pool list")]
+    List {
         #[command(flatten)]
         host: StorageHost,
     },
@@ -153,7 +214,8 @@ pub(crate) struct Attach {
     /// Host caching: none, writethrough, writeback or directsync [default: none].
     #[arg(long, value_name = "MODE")]
     pub(crate) cache: Option<DiskCache>,
-    /// Host I/O: native, threads or io_uring [default: native where the cache mode allows it, else threads].
+    /// Host I/O: native, threads or io_uring [default: native for a block device where the cache mode allows it, else
+    /// threads].
     #[arg(long, value_name = "MODE")]
     pub(crate) io: Option<DiskIo>,
     /// What becomes of the guest's discards: unmap or ignore [default: unmap].

@@ -122,7 +122,7 @@ impl Verb<'_> {
         );
         let mut export = self.export(connector).await?;
         let Some(connection_info) = export.reply.connection_info.take() else {
-            let failure = no_content(self.storage, "connection info");
+            let failure = self.storage.incomplete("connection info");
             return Err(self.take_back(failure, &export.reply).await);
         };
         let attach = match self.plug(connection_info, disk).await {
@@ -281,7 +281,7 @@ impl Verb<'_> {
         time: Duration,
     ) -> Result<Output> {
         let attachment =
-            attach.reply.attachment.as_ref().ok_or_else(|| no_content(self.compute, "attachment"))?;
+            attach.reply.attachment.as_ref().ok_or_else(|| self.compute.incomplete("attachment"))?;
         let outcome = attach.reply.report.as_ref().map(wire::OperationReport::outcome).unwrap_or_default();
         let done = match outcome {
             wire::Outcome::Unchanged => "already attached",
@@ -335,10 +335,4 @@ fn keep(failure: Box<Failure>, undo: &str, commands: &str) -> Box<Failure> {
 
 fn sentence(next: Option<&str>) -> String {
     next.map(|next| format!("{next}; ")).unwrap_or_default()
-}
-
-fn no_content(agent: &Agent, missing: &str) -> Box<Failure> {
-    let message = format!("the reply of {} holds no {missing}", agent.name());
-    Failure::new(Code::Internal, "AGENT_REPLY", message)
-        .next("see that both ends of Tether have the same version")
 }

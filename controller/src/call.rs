@@ -79,11 +79,13 @@ macro_rules! replies {
 }
 replies!(
     CreateVolumeResponse,
+    ExtendVolumeResponse,
     DeleteVolumeResponse,
     ExportResponse,
     UnexportResponse,
     AttachResponse,
-    DetachResponse
+    DetachResponse,
+    ResizeAttachmentResponse
 );
 
 /// An agent's answer and how long it took from here.

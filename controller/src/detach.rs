@@ -113,6 +113,33 @@ struct DetachedView {
     total_microseconds: u64,
 }
 
+/// How a host uses an export, in the words of the transport.
+struct Use {
+    /// What it does now.
+    now: &'static str,
+    /// Commands that show what does it.
+    look: &'static str,
+    /// What ends it.
+    end: &'static str,
+}
+
+impl Use {
+    fn of(export: &wire::ExportStatus) -> Self {
+        match export.transport() {
+            wire::Transport::Nfs => Self {
+                now: "has the file open",
+                look: "virsh domblklist DOMAIN, findmnt -t nfs4",
+                end: "end what has it open",
+            },
+            wire::Transport::Iscsi | wire::Transport::Unspecified => Self {
+                now: "is connected to the export",
+                look: "virsh domblklist DOMAIN, iscsiadm -m session -P 3",
+                end: "end the session",
+            },
+        }
+    }
+}
+
 struct Verb<'a> {
     session: &'a Arc<Session>,
     id: AttachmentId,
@@ -183,15 +210,19 @@ impl Verb<'_> {
                 if !silent.is_empty() {
                     return Err(self.in_use(export, &silent));
                 }
-                // The agent writes its record before it logs in: a session without one may be under a guest's disk.
+                // The agent writes its record before it connects: a session, or a file that is open, without one may be
+                // under a guest's disk.
+                let using = Use::of(export);
                 let message = format!(
-                    "{} is connected to the export, and its agent has no record of the attachment; the export stays",
-                    agent.name()
+                    "{} {}, and its agent has no record of the attachment; the export stays",
+                    agent.name(),
+                    using.now
                 );
                 return Err(Failure::new(Code::FailedPrecondition, "EXPORT_IN_USE", message).next(format!(
-                    "see on {} what uses it (virsh domblklist, iscsiadm -m session -P 3) and end the session there; then \
-                     type: tether detach {}",
+                    "see on {} what uses it ({}) and {} there; then type: tether detach {}",
                     agent.name(),
+                    using.look,
+                    using.end,
                     self.id
                 )));
             }
@@ -205,16 +236,16 @@ impl Verb<'_> {
     fn in_use(&self, export: &wire::ExportStatus, silent: &str) -> Box<Failure> {
         let id = self.id;
         let host = format!("{} ({})", export.hostname, export.initiator_iqn);
-        let state = if export.connected { "and is connected now" } else { "and may use it" };
+        let Use { now, end, .. } = Use::of(export);
+        let state = if export.connected { now } else { "may use it" };
         if silent.is_empty() {
-            let message =
-                format!("the export is for {host}, which is connected now and is no host of the config");
+            let message = format!("the export is for {host}, which {now} and is no host of the config");
             return Failure::new(Code::FailedPrecondition, "EXPORT_IN_USE", message).next(format!(
-                "add that compute host to the config, or end its session there; then type: tether detach {id}"
+                "add that compute host to the config, or {end} there; then type: tether detach {id}"
             ));
         }
         let message = format!(
-            "the export is for {host}, which was not found among the hosts that answer {state}; not asked: {silent}. \
+            "the export is for {host}, which was not found among the hosts that answer and {state}; not asked: {silent}. \
              The export stays"
         );
         Failure::new(Code::Unavailable, "HOST_UNREACHABLE", message)

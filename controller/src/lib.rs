@@ -17,9 +17,11 @@ mod call;
 mod config;
 mod console;
 mod detach;
+mod extend;
 mod failure;
 mod overview;
 mod pki;
+mod pool;
 mod progress;
 mod survey;
 mod transport;
@@ -84,6 +86,7 @@ async fn execute(
 async fn verb(session: &Arc<Session>, verb: &Verb) -> Result<Output> {
     match verb {
         Verb::Volume(verb) => volume::run(session, verb).await,
+        Verb::Pool(verb) => pool::run(session, verb).await,
         Verb::Attach(arguments) => attach::attach(session, arguments).await,
         Verb::Detach(arguments) => detach::detach(session, arguments).await,
         Verb::List => overview::list(session).await,

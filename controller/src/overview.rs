@@ -4,15 +4,16 @@
 use std::sync::Arc;
 
 use serde::Serialize;
-use tether_proto::AttachmentId;
+use tether_proto::{AttachmentId, wire};
 use tonic::Code;
 
 use crate::agent::Kind;
 use crate::call::Session;
 use crate::failure::{Failure, Result};
-use crate::survey::{self, Known, Survey};
+use crate::survey::{self, Found, Known, Survey};
 use crate::view::{
-    AttachmentView, ExportView, Output, UnreachableView, access_mode_word, bus_word, size_text, some, table,
+    AttachmentView, ExportView, Output, UnreachableView, access_mode_word, bus_word, format_word, size_text,
+    some, table,
 };
 
 #[derive(Debug, Serialize)]
@@ -62,7 +63,7 @@ pub(crate) async fn list(session: &Arc<Session>) -> Result<Output> {
         }
     }
     let unreachable = survey.silent.iter().map(survey::Silent::view).collect();
-    finish(Output::new(&ListView { attachments: rows, unreachable }, text)?, &survey)
+    Ok(Output::new(&ListView { attachments: rows, unreachable }, text)?.without(&survey.silent))
 }
 
 /// What both agents know of one attachment.
@@ -73,45 +74,83 @@ pub(crate) async fn show(session: &Arc<Session>, id: AttachmentId) -> Result<Out
         return Err(nothing_known(&id, &survey));
     };
     let row = row(&id, known, &survey);
-    let yes_no = |value: bool| if value { "yes" } else { "no" }.to_owned();
     let mut lines: Vec<(&str, String)> = vec![("state", row.state.replace('_', " "))];
     if let Some(found) = &known.export {
-        let export = &found.status;
-        lines.extend([
-            ("volume", format!("{}/{}", export.pool, export.volume)),
-            ("storage host", found.agent.name().to_owned()),
-            ("export", export.phase.clone()),
-            ("access", access_mode_word(export.access_mode()).replace('_', "-")),
-            ("target", export.target_iqn.clone()),
-            ("for host", format!("{} ({})", export.hostname, export.initiator_iqn)),
-            ("target enabled", yes_no(export.enabled)),
-            ("initiator logged in", yes_no(export.connected)),
-        ]);
+        lines.extend(export_lines(found));
     }
     if let Some(found) = &known.attachment {
-        let attachment = &found.status;
-        lines.extend([
-            ("domain", format!("{} ({})", attachment.domain, attachment.domain_uuid)),
-            ("compute host", found.agent.name().to_owned()),
-            ("attachment", attachment.phase.clone()),
-            ("disk", format!("{} on {}", attachment.target_device, bus_word(attachment.bus()))),
-            ("serial", attachment.serial.clone()),
-            ("size", format!("{} ({} bytes)", size_text(attachment.size_bytes), attachment.size_bytes)),
-            ("device on the host", attachment.device_path.clone()),
-            ("portal", attachment.portal.clone()),
-            ("session", yes_no(attachment.connected)),
-            ("in the running domain", yes_no(attachment.in_live_domain)),
-            ("in its definition", yes_no(attachment.in_persistent_definition)),
-        ]);
+        lines.extend(attachment_lines(found));
     }
     if let Some(next) = &row.next {
         lines.push(("next", next.clone()));
     }
     let mut text = format!("attachment {id}");
     for (label, value) in lines {
-        text.push_str(&format!("\n  {label:<22} {}", some(&value).unwrap_or("-")));
+        text.push_str(&format!("\n  {label:<24} {}", some(&value).unwrap_or("-")));
     }
-    finish(Output::new(&row, text)?, &survey)
+    Ok(Output::new(&row, text)?.without(&survey.silent))
+}
+
+fn yes_no(value: bool) -> String {
+    if value { "yes" } else { "no" }.to_owned()
+}
+
+/// What the storage host knows, in the words of the transport.
+fn export_lines(found: &Found<wire::ExportStatus>) -> Vec<(&'static str, String)> {
+    let export = &found.status;
+    let mut lines = vec![
+        ("volume", format!("{}/{}", export.pool, export.volume)),
+        ("storage host", found.agent.name().to_owned()),
+        ("export", export.phase.clone()),
+        ("access", access_mode_word(export.access_mode()).replace('_', "-")),
+        ("for host", format!("{} ({})", export.hostname, export.initiator_iqn)),
+    ];
+    lines.extend(match export.transport() {
+        wire::Transport::Nfs => vec![
+            ("file on the storage host", export.file_path.clone()),
+            ("shared with", export.client_addresses.join(", ")),
+            ("directory shared", yes_no(export.enabled)),
+            ("file open by a client", yes_no(export.connected)),
+        ],
+        // An agent that says nothing of it knows iSCSI alone.
+        wire::Transport::Iscsi | wire::Transport::Unspecified => vec![
+            ("target", export.target_iqn.clone()),
+            ("target enabled", yes_no(export.enabled)),
+            ("initiator logged in", yes_no(export.connected)),
+        ],
+    });
+    lines
+}
+
+/// What the compute host knows, in the words of the transport.
+fn attachment_lines(found: &Found<wire::AttachmentStatus>) -> Vec<(&'static str, String)> {
+    let attachment = &found.status;
+    let mut lines = vec![
+        ("domain", format!("{} ({})", attachment.domain, attachment.domain_uuid)),
+        ("compute host", found.agent.name().to_owned()),
+        ("attachment", attachment.phase.clone()),
+        ("disk", format!("{} on {}", attachment.target_device, bus_word(attachment.bus()))),
+        ("serial", attachment.serial.clone()),
+        ("size", format!("{} ({} bytes)", size_text(attachment.size_bytes), attachment.size_bytes)),
+    ];
+    lines.extend(match attachment.transport() {
+        wire::Transport::Nfs => vec![
+            ("format", format_word(attachment.format())),
+            ("file on the compute host", attachment.device_path.clone()),
+            ("share", attachment.share.clone()),
+            ("mounted", yes_no(attachment.connected)),
+        ],
+        wire::Transport::Iscsi | wire::Transport::Unspecified => vec![
+            ("device on the host", attachment.device_path.clone()),
+            ("portal", attachment.portal.clone()),
+            ("session", yes_no(attachment.connected)),
+        ],
+    });
+    lines.extend([
+        ("in the running domain", yes_no(attachment.in_live_domain)),
+        ("in its definition", yes_no(attachment.in_persistent_definition)),
+    ]);
+    lines
 }
 
 /// No reachable host knows the id; whether that means that it does not exist depends on the others.
@@ -129,15 +168,6 @@ pub(crate) fn nothing_known(id: &str, survey: &Survey) -> Box<Failure> {
                 .next(format!("bring back {names}, then type the same command again"))
         }
     }
-}
-
-/// The warnings and the exit code of hosts that could not be asked.
-fn finish(mut output: Output, survey: &Survey) -> Result<Output> {
-    output.warnings = survey.silent.iter().map(survey::Silent::warning).collect();
-    if let Some(silent) = survey.first_silent() {
-        output.exit = silent.failure.exit;
-    }
-    Ok(output)
 }
 
 fn row<'a>(id: &'a str, known: &'a Known, survey: &Survey) -> RowView<'a> {
@@ -186,7 +216,7 @@ fn state(id: &str, known: &Known, survey: &Survey) -> (&'static str, Option<Stri
                 ("attached_storage_unknown", bring_back(Kind::Storage))
             }
             _ if export_ended => ("attached_without_export", detach()),
-            _ if !attachment.connected => ("attached_session_lost", Some(format!("tether show {id}"))),
+            _ if !attachment.connected => (lost(attachment.transport()), Some(format!("tether show {id}"))),
             _ if !attachment.in_live_domain && !attachment.in_persistent_definition => {
                 ("attached_disk_missing", detach())
             }
@@ -194,5 +224,13 @@ fn state(id: &str, known: &Known, survey: &Survey) -> (&'static str, Option<Stri
             _ => ("attached", None),
         },
         (Some(_), None) | (None, None) => ("unknown", None),
+    }
+}
+
+/// The state of a disk that has nothing under it any more.
+fn lost(transport: wire::Transport) -> &'static str {
+    match transport {
+        wire::Transport::Nfs => "attached_share_lost",
+        wire::Transport::Iscsi | wire::Transport::Unspecified => "attached_session_lost",
     }
 }

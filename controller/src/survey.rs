@@ -87,6 +87,26 @@ fn broken(kind: Kind, error: &tokio::task::JoinError) -> Silent {
     Silent { kind, host: "?".into(), failure: Failure::new(Code::Internal, "INTERNAL", error.to_string()) }
 }
 
+/// Asks the storage host that is named, or all of them. The one that is named fails the command; one of many is an answer
+/// of its own.
+pub(crate) async fn ask_storage<T, F>(
+    session: &Arc<Session>,
+    named: Option<&str>,
+    ask: impl Fn(Arc<Session>, Agent) -> F,
+) -> Result<(Vec<Told<T>>, Vec<Silent>)>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T>> + Send + 'static,
+{
+    if named.is_none() && !session.config.hosts(Kind::Storage).is_empty() {
+        return Ok(ask_all(session, Kind::Storage, ask).await);
+    }
+    let host = session.config.host(Kind::Storage, named)?;
+    let agent = session.connect(Kind::Storage, host).await?;
+    let answer = ask(session.clone(), agent.clone()).await?;
+    Ok((vec![Told { agent, answer }], Vec::new()))
+}
+
 /// A part of an attachment that was found on a host.
 pub(crate) struct Found<T> {
     pub(crate) agent: Agent,

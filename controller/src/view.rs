@@ -6,6 +6,7 @@ use serde::Serialize;
 use tether_proto::{ByteSize, wire};
 
 use crate::failure::{Exit, Failure, FailureView, Result};
+use crate::survey::Silent;
 
 /// What a verb found or did.
 #[derive(Debug)]
@@ -22,6 +23,17 @@ pub(crate) struct Output {
 impl Output {
     pub(crate) fn new(value: &impl Serialize, text: String) -> Result<Self> {
         Ok(Self { json: to_json(value)?, text, warnings: Vec::new(), exit: Exit::Success })
+    }
+
+    /// Says which hosts could not be asked; the first one gives the exit code.
+    pub(crate) fn without<'a>(mut self, silent: impl IntoIterator<Item = &'a Silent>) -> Self {
+        for silent in silent {
+            if self.exit == Exit::Success {
+                self.exit = silent.failure.exit;
+            }
+            self.warnings.push(silent.warning());
+        }
+        self
     }
 }
 
@@ -82,8 +94,10 @@ pub(crate) struct VolumeView<'a> {
     volume: &'a str,
     size_bytes: u64,
     uuid: &'a str,
-    wwn: &'a str,
+    transport: String,
+    wwn: Option<&'a str>,
     serial: &'a str,
+    format: String,
     provisioning: String,
     created_by_tether: bool,
     exported_for: Option<&'a str>,
@@ -97,8 +111,10 @@ impl<'a> VolumeView<'a> {
             volume: &volume.volume,
             size_bytes: volume.size_bytes,
             uuid: &volume.uuid,
-            wwn: &volume.wwn,
+            transport: transport_word(volume.transport()),
+            wwn: some(&volume.wwn),
             serial: &volume.serial,
+            format: format_word(volume.format()),
             provisioning: provisioning_word(volume.provisioning()),
             created_by_tether: volume.created_by_tether,
             exported_for: some(&volume.exported_for),
@@ -113,7 +129,10 @@ pub(crate) struct ExportView<'a> {
     volume: &'a str,
     hostname: &'a str,
     initiator_iqn: &'a str,
-    target_iqn: &'a str,
+    transport: String,
+    target_iqn: Option<&'a str>,
+    file_path: Option<&'a str>,
+    client_addresses: &'a [String],
     access_mode: String,
     enabled: bool,
     connected: bool,
@@ -128,7 +147,10 @@ impl<'a> ExportView<'a> {
             volume: &export.volume,
             hostname: &export.hostname,
             initiator_iqn: &export.initiator_iqn,
-            target_iqn: &export.target_iqn,
+            transport: transport_word(export.transport()),
+            target_iqn: some(&export.target_iqn),
+            file_path: some(&export.file_path),
+            client_addresses: &export.client_addresses,
             access_mode: access_mode_word(export.access_mode()),
             enabled: export.enabled,
             connected: export.connected,
@@ -148,8 +170,11 @@ pub(crate) struct AttachmentView<'a> {
     bus: String,
     serial: &'a str,
     size_bytes: u64,
-    target_iqn: &'a str,
-    portal: &'a str,
+    format: String,
+    transport: String,
+    target_iqn: Option<&'a str>,
+    portal: Option<&'a str>,
+    share: Option<&'a str>,
     connected: bool,
     in_live_domain: bool,
     in_persistent_definition: bool,
@@ -167,8 +192,11 @@ impl<'a> AttachmentView<'a> {
             bus: bus_word(attachment.bus()),
             serial: &attachment.serial,
             size_bytes: attachment.size_bytes,
-            target_iqn: &attachment.target_iqn,
-            portal: &attachment.portal,
+            format: format_word(attachment.format()),
+            transport: transport_word(attachment.transport()),
+            target_iqn: some(&attachment.target_iqn),
+            portal: some(&attachment.portal),
+            share: some(&attachment.share),
             connected: attachment.connected,
             in_live_domain: attachment.in_live_domain,
             in_persistent_definition: attachment.in_persistent_definition,
@@ -192,6 +220,14 @@ pub(crate) fn outcome_word(outcome: wire::Outcome) -> String {
 
 pub(crate) fn provisioning_word(provisioning: wire::Provisioning) -> String {
     word(provisioning.as_str_name(), "PROVISIONING_")
+}
+
+pub(crate) fn format_word(format: wire::VolumeFormat) -> String {
+    word(format.as_str_name(), "VOLUME_FORMAT_")
+}
+
+pub(crate) fn transport_word(transport: wire::Transport) -> String {
+    word(transport.as_str_name(), "TRANSPORT_")
 }
 
 pub(crate) fn access_mode_word(mode: wire::AccessMode) -> String {

@@ -1,28 +1,34 @@
-//! `tether volume`: make, show, list and delete volumes. Not here: attaching them.
+//! `tether volume`: make, show, list and delete volumes. Not here: making them larger (`extend.rs`), attaching them.
 
 use std::sync::Arc;
 
 use serde::Serialize;
 use tether_proto::wire::watch_operation_request::Key;
-use tether_proto::{ByteSize, PoolName, VolumeKey, wire};
+use tether_proto::{PoolName, VolumeKey, wire};
 use tonic::Code;
 
 use crate::agent::{Agent, Kind};
-use crate::arguments::{StorageHost, VolumeVerb};
+use crate::arguments::{Create, StorageHost, VolumeVerb};
 use crate::call::Session;
 use crate::console::time_text;
+use crate::extend::extend;
 use crate::failure::{Failure, Result};
-use crate::survey::{Silent, Told, ask_all};
+use crate::survey::{Silent, ask_storage};
 use crate::view::{
-    Output, ReportView, UnreachableView, VolumeView, outcome_word, provisioning_word, size_text, some, table,
+    Output, ReportView, UnreachableView, VolumeView, format_word, outcome_word, provisioning_word, size_text,
+    some, table, transport_word,
 };
 
 /// Runs one of the volume verbs.
 pub(crate) async fn run(session: &Arc<Session>, verb: &VolumeVerb) -> Result<Output> {
     match verb {
-        VolumeVerb::Create { volume, size, host } => {
-            let doing = format!("create {volume}");
-            create(session, volume, *size, host).await.map_err(|failure| failure.while_doing(&doing))
+        VolumeVerb::Create(arguments) => {
+            let doing = format!("create {}", arguments.volume);
+            create(session, arguments).await.map_err(|failure| failure.while_doing(&doing))
+        }
+        VolumeVerb::Extend(arguments) => {
+            let doing = format!("extend {}", arguments.volume);
+            extend(session, arguments).await.map_err(|failure| failure.while_doing(&doing))
         }
         VolumeVerb::Delete { volume, host } => {
             let doing = format!("delete {volume}");
@@ -45,13 +51,13 @@ struct ChangedView<'a> {
     report: ReportView,
 }
 
-async fn connect(session: &Session, host: &StorageHost) -> Result<Agent> {
+pub(crate) async fn connect(session: &Session, host: &StorageHost) -> Result<Agent> {
     let host = session.config.host(Kind::Storage, host.storage.as_deref())?;
     session.connect(Kind::Storage, host).await
 }
 
 /// What an interrupted command says: the same again joins it, by the volume's name.
-fn begins(session: &Session, doing: &str, again: &str) {
+pub(crate) fn begins(session: &Session, doing: &str, again: &str) {
     session.begins(
         Failure::new(Code::Cancelled, "INTERRUPTED", "interrupted; the agent goes on with what it was told")
             .unknown()
@@ -60,13 +66,20 @@ fn begins(session: &Session, doing: &str, again: &str) {
     );
 }
 
-async fn create(session: &Session, volume: &VolumeKey, size: ByteSize, host: &StorageHost) -> Result<Output> {
-    let agent = connect(session, host).await?;
+async fn create(session: &Session, arguments: &Create) -> Result<Output> {
+    let volume = &arguments.volume;
+    let agent = connect(session, &arguments.host).await?;
     begins(session, &format!("create {volume}"), &volume.to_string());
     let request = wire::CreateVolumeRequest {
         pool: volume.pool.to_string(),
         volume: volume.volume.to_string(),
-        size_bytes: size.bytes(),
+        size_bytes: arguments.size.bytes(),
+        // What is not said is the agent's to choose.
+        format: arguments.format.map(|format| wire::VolumeFormat::from(format).into()).unwrap_or_default(),
+        provisioning: arguments
+            .provisioning
+            .map(|how| wire::Provisioning::from(how).into())
+            .unwrap_or_default(),
     };
     let send = || {
         let (mut client, request) = (agent.storage(), request.clone());
@@ -80,10 +93,14 @@ async fn create(session: &Session, volume: &VolumeKey, size: ByteSize, host: &St
         wire::Outcome::Repaired => "repaired:",
         _ => "created",
     };
+    let format = match made.format() {
+        wire::VolumeFormat::Qcow2 => "qcow2, ",
+        wire::VolumeFormat::Unspecified | wire::VolumeFormat::Raw => "",
+    };
     let provisioning = provisioning_word(made.provisioning());
     let size = size_text(made.size_bytes);
     let time = time_text(answer.time);
-    let text = format!("{done} {volume} ({size}, {provisioning}) on {} in {time}", agent.name());
+    let text = format!("{done} {volume} ({size}, {format}{provisioning}) on {} in {time}", agent.name());
     let view = ChangedView {
         outcome: outcome_word(outcome),
         storage: agent.name(),
@@ -119,19 +136,26 @@ async fn delete(session: &Session, volume: &VolumeKey, host: &StorageHost) -> Re
     Output::new(&view, text)
 }
 
-async fn show(session: &Session, volume: &VolumeKey, host: &StorageHost) -> Result<Output> {
-    let agent = connect(session, host).await?;
+/// A volume as it is now.
+pub(crate) async fn get(session: &Session, agent: &Agent, volume: &VolumeKey) -> Result<wire::Volume> {
     let mut client = agent.storage();
     let request = wire::GetVolumeRequest { pool: volume.pool.to_string(), volume: volume.volume.to_string() };
-    let found = session.call(&agent).read(client.get_volume(request)).await?;
+    session.call(agent).read(client.get_volume(request)).await
+}
+
+async fn show(session: &Session, volume: &VolumeKey, host: &StorageHost) -> Result<Output> {
+    let agent = connect(session, host).await?;
+    let found = get(session, &agent, volume).await?;
     let mut text = format!("volume {}/{}", found.pool, found.volume);
     for (label, value) in [
         ("storage host", agent.name().to_owned()),
         ("size", format!("{} ({} bytes)", size_text(found.size_bytes), found.size_bytes)),
+        ("format", format_word(found.format())),
         ("provisioning", provisioning_word(found.provisioning())),
+        ("reached over", transport_word(found.transport())),
         ("made by tether", if found.created_by_tether { "yes" } else { "no" }.to_owned()),
         ("uuid", found.uuid.clone()),
-        ("wwn", found.wwn.clone()),
+        ("wwn", some(&found.wwn).unwrap_or("-").to_owned()),
         ("serial", found.serial.clone()),
         ("exported for", some(&found.exported_for).unwrap_or("-").to_owned()),
     ] {
@@ -148,21 +172,8 @@ struct ListView<'a> {
 
 async fn list(session: &Arc<Session>, pool: Option<&PoolName>, host: &StorageHost) -> Result<Output> {
     let pool = pool.map(ToString::to_string).unwrap_or_default();
-    let (told, silent) = match &host.storage {
-        Some(_) => {
-            let agent = connect(session, host).await?;
-            let answer = volumes(session.clone(), agent.clone(), pool).await?;
-            (vec![Told { agent, answer }], Vec::new())
-        }
-        None if session.config.hosts(Kind::Storage).is_empty() => {
-            return Err(session
-                .config
-                .host(Kind::Storage, None)
-                .err()
-                .unwrap_or_else(|| Failure::usage("NO_HOST", "there is no storage host in the config")));
-        }
-        None => ask_all(session, Kind::Storage, |session, agent| volumes(session, agent, pool.clone())).await,
-    };
+    let ask = |session, agent| volumes(session, agent, pool.clone());
+    let (told, silent) = ask_storage(session, host.storage.as_deref(), ask).await?;
     // A pool that is on one host only is no trouble of the others.
     let (absent, silent): (Vec<Silent>, Vec<Silent>) =
         silent.into_iter().partition(|silent| silent.failure.code == Code::NotFound);
@@ -188,12 +199,7 @@ async fn list(session: &Arc<Session>, pool: Option<&PoolName>, host: &StorageHos
         volumes: all.iter().map(|(storage, volume)| VolumeView::new(storage, volume)).collect(),
         unreachable: silent.iter().map(Silent::view).collect(),
     };
-    let mut output = Output::new(&view, text)?;
-    output.warnings = silent.iter().map(Silent::warning).collect();
-    if let Some(first) = silent.first() {
-        output.exit = first.failure.exit;
-    }
-    Ok(output)
+    Ok(Output::new(&view, text)?.without(&silent))
 }
 
 async fn volumes(session: Arc<Session>, agent: Agent, pool: String) -> Result<Vec<wire::Volume>> {

@@ -157,3 +157,35 @@ async fn an_export_host_that_is_away_does_not_stop_the_detach_but_is_told() {
     assert_eq!(ran.exit, 5, "{ran:?}");
     assert!(ran.err.contains("no reachable host knows"), "{}", ran.err);
 }
+
+#[tokio::test]
+async fn what_uses_an_export_is_told_in_the_words_of_its_transport() {
+    for (volume, using, look, stranger) in [
+        (
+            "tether/v1",
+            "compute1 is connected to the export",
+            "iscsiadm -m session -P 3",
+            "end the session there",
+        ),
+        ("share/v1", "compute1 has the file open", "findmnt -t nfs4", "end what has it open there"),
+    ] {
+        let lab = Lab::up().await;
+        assert_eq!(lab.tether(&["attach", volume, "c2", "--id", ID]).await.exit, 0);
+        lab.mutations();
+        lock(&lab.compute.attachments).clear();
+        lock(&lab.storage.exports).values_mut().for_each(|export| export.connected = true);
+        let ran = lab.tether(&["detach", ID]).await;
+        assert_eq!(ran.exit, 4, "{ran:?}");
+        for part in [using, "has no record of the attachment; the export stays", "virsh domblklist", look] {
+            assert!(ran.err.contains(part), "{part}: {}", ran.err);
+        }
+        lock(&lab.storage.exports).values_mut().for_each(|export| {
+            export.initiator_iqn = "iqn.1993-08.org.debian:01:compute2".into();
+        });
+        let ran = lab.tether(&["detach", ID]).await;
+        assert_eq!(ran.exit, 4, "{ran:?}");
+        assert!(ran.err.contains("is no host of the config") && ran.err.contains(stranger), "{}", ran.err);
+        assert!(lab.mutations().is_empty());
+        assert_eq!(lab.storage.exported(), [ID]);
+    }
+}

@@ -3,7 +3,9 @@
 
 mod attach;
 mod detach;
+mod extend;
 mod fakes;
 mod hosts;
 mod overview;
 mod pki;
+mod pool;

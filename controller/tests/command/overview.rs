@@ -61,7 +61,7 @@ async fn show_tells_both_sides() {
     let ran = lab.tether(&["show", ID]).await;
     assert_eq!(ran.exit, 0, "{ran:?}");
     for part in
-        ["state                  attached", "tether/v1", "vdb on virtio", "initiator logged in", "1 GiB"]
+        ["state                    attached", "tether/v1", "vdb on virtio", "initiator logged in", "1 GiB"]
     {
         assert!(ran.out.contains(part), "{part}: {}", ran.out);
     }
@@ -98,4 +98,58 @@ async fn volumes_are_made_shown_listed_and_deleted() {
         assert_eq!(lab.tether(&["volume", "create", "tether/v3", bad]).await.exit, 64, "{bad}");
     }
     assert!(lab.mutations().is_empty());
+}
+
+#[tokio::test]
+async fn an_attachment_over_nfs_is_told_in_its_own_words() {
+    let lab = Lab::up().await;
+    assert_eq!(lab.tether(&["volume", "create", "share/v2", "1G", "--format", "qcow2"]).await.exit, 0);
+    assert_eq!(lab.tether(&["attach", "share/v2", "c2", "--id", ID]).await.exit, 0);
+    let ran = lab.tether(&["show", ID]).await;
+    assert_eq!(ran.exit, 0, "{ran:?}");
+    for line in [
+        "file on the storage host /srv/share/v2.qcow2",
+        "shared with              192.0.2.2",
+        "directory shared         yes",
+        "file open by a client    no",
+        "format                   qcow2",
+        "share                    192.0.2.1:/srv/share",
+        "mounted                  yes",
+    ] {
+        assert!(ran.out.lines().any(|shown| shown.trim_start() == line), "{line}: {}", ran.out);
+    }
+    for word in ["target", "portal", "session", "initiator logged in"] {
+        assert!(!ran.out.contains(word), "{word}: {}", ran.out);
+    }
+    let json = lab.tether(&["--json", "show", ID]).await.json();
+    let (export, attachment) = (&json["export"], &json["attachment"]);
+    assert_eq!((export["transport"].as_str(), attachment["transport"].as_str()), (Some("nfs"), Some("nfs")));
+    assert_eq!(export["client_addresses"][0], "192.0.2.2");
+    assert_eq!(attachment["format"], "qcow2");
+    for none in [&export["target_iqn"], &attachment["target_iqn"], &attachment["portal"]] {
+        assert!(none.is_null(), "{json}");
+    }
+
+    lock(&lab.compute.attachments).values_mut().for_each(|attachment| attachment.connected = false);
+    let ran = lab.tether(&["list"]).await;
+    assert!(ran.out.contains(&format!("{ID}: attached share lost: tether show {ID}")), "{}", ran.out);
+    lock(&lab.compute.attachments).values_mut().for_each(|attachment| {
+        attachment.transport = tether_proto::wire::Transport::Iscsi.into();
+    });
+    let ran = lab.tether(&["list"]).await;
+    assert!(ran.out.contains("attached session lost"), "{}", ran.out);
+}
+
+#[tokio::test]
+async fn an_attachment_over_iscsi_has_no_share() {
+    let lab = Lab::up().await;
+    assert_eq!(lab.tether(&["attach", "tether/v1", "c2", "--id", ID]).await.exit, 0);
+    let json = lab.tether(&["--json", "show", ID]).await.json();
+    assert_eq!(
+        (json["export"]["transport"].as_str(), json["attachment"]["format"].as_str()),
+        (Some("iscsi"), Some("raw"))
+    );
+    assert!(json["export"]["file_path"].is_null() && json["attachment"]["share"].is_null(), "{json}");
+    assert_eq!(json["export"]["client_addresses"].as_array().unwrap().len(), 0);
+    assert_eq!(json["attachment"]["portal"], "192.0.2.1:3260");
 }

@@ -1,19 +1,23 @@
-//! A compute agent with attachments in memory. Keeps the rules of the real one: idempotent, ended is ended.
+//! A compute agent with attachments in memory. Keeps the rules of the real one: idempotent, ended is ended, a guest is told
+//! of no size that its device does not have.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use tether_proto::wire::compute_agent_server::ComputeAgent;
+use tether_proto::wire::connection_info::Transport;
 use tether_proto::wire::{self, Outcome};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
-use super::{Agent, lock, refusal};
+use super::{Agent, FakeStorageAgent, lock, refusal};
 
 pub(crate) const INITIATOR: &str = "iqn.1993-08.org.debian:01:compute1";
 
 pub(crate) struct FakeComputeAgent {
     pub(crate) agent: Agent,
+    /// Where its devices are.
+    storage: Arc<FakeStorageAgent>,
     pub(crate) attachments: Mutex<BTreeMap<String, wire::AttachmentStatus>>,
     pub(crate) ended: Mutex<BTreeSet<String>>,
     /// The last request, to see what arrives.
@@ -22,9 +26,10 @@ pub(crate) struct FakeComputeAgent {
 }
 
 impl FakeComputeAgent {
-    pub(crate) fn new(agent: Agent) -> Self {
+    pub(crate) fn new(agent: Agent, storage: Arc<FakeStorageAgent>) -> Self {
         Self {
             agent,
+            storage,
             attachments: Mutex::default(),
             ended: Mutex::default(),
             last_attach: Mutex::default(),
@@ -67,21 +72,36 @@ impl ComputeAgent for FakeComputeAgent {
         }
         let info = request.connection_info.unwrap();
         let disk = request.disk.unwrap();
+        let over = match info.transport.unwrap() {
+            Transport::Iscsi(iscsi) => wire::AttachmentStatus {
+                device_path: format!("/dev/disk/by-id/wwn-0x{}", iscsi.wwn),
+                target_iqn: iscsi.target_iqn,
+                portal: iscsi.portals[0].clone(),
+                transport: wire::Transport::Iscsi.into(),
+                format: wire::VolumeFormat::Raw.into(),
+                ..Default::default()
+            },
+            Transport::Nfs(nfs) => wire::AttachmentStatus {
+                device_path: format!("/var/lib/tether/mnt/{}/{}", nfs.file_system_id, nfs.file),
+                share: format!("{}:{}", nfs.servers[0], nfs.path),
+                transport: wire::Transport::Nfs.into(),
+                format: nfs.format,
+                ..Default::default()
+            },
+        };
         let attachment = wire::AttachmentStatus {
             attachment_id: id.clone(),
             domain: request.domain,
             domain_uuid: "c2c2c2c2-0000-4000-8000-000000000001".into(),
             phase: "attached".into(),
-            device_path: "/dev/disk/by-id/wwn-0x6".into(),
             target_device: "vdb".into(),
             bus: if disk.bus == 0 { wire::DiskBus::Virtio.into() } else { disk.bus },
             serial: info.serial,
             size_bytes: info.size_bytes,
-            target_iqn: "iqn.2026-11.io.example:x".into(),
-            portal: "192.0.2.1:3260".into(),
             connected: true,
             in_live_domain: true,
             in_persistent_definition: true,
+            ..over
         };
         lock(&self.attachments).insert(id.clone(), attachment.clone());
         let (outcome, steps): (_, &[&str]) = match before {
@@ -106,6 +126,38 @@ impl ComputeAgent for FakeComputeAgent {
         let report = self.agent.steps(&id, outcome, steps).await;
         self.agent.end(trouble).await;
         Ok(Response::new(wire::DetachResponse { report: Some(report) }))
+    }
+
+    async fn resize_attachment(
+        &self,
+        request: Request<wire::ResizeAttachmentRequest>,
+    ) -> Reply<wire::ResizeAttachmentResponse> {
+        let trouble = self.agent.begin("ResizeAttachment").await?;
+        let request = request.into_inner();
+        let id = request.attachment_id;
+        if lock(&self.ended).contains(&id) {
+            return Err(refusal(Code::FailedPrecondition, "ATTACHMENT_ENDED", "the id is spent", &[]));
+        }
+        let missing = || refusal(Code::NotFound, "ATTACHMENT_NOT_FOUND", &format!("no attachment {id}"), &[]);
+        let before = lock(&self.attachments).get(&id).cloned().ok_or_else(missing)?;
+        if request.size_bytes < before.size_bytes {
+            return Err(refusal(Code::FailedPrecondition, "SHRINK_REFUSED", "its disk is larger", &[]));
+        }
+        if self.storage.size_behind(&id).is_none_or(|size| size < request.size_bytes) {
+            return Err(refusal(Code::FailedPrecondition, "NOT_EXTENDED", "the device is smaller", &[]));
+        }
+        let (outcome, steps): (_, &[&str]) = match request.size_bytes == before.size_bytes {
+            true => (Outcome::Unchanged, &[]),
+            false => (Outcome::Repaired, &["rescan", "resize-disk"]),
+        };
+        let attachment = wire::AttachmentStatus { size_bytes: request.size_bytes, ..before };
+        lock(&self.attachments).insert(id.clone(), attachment.clone());
+        let report = self.agent.steps(&id, outcome, steps).await;
+        self.agent.end(trouble).await;
+        Ok(Response::new(wire::ResizeAttachmentResponse {
+            attachment: Some(attachment),
+            report: Some(report),
+        }))
     }
 
     async fn get_attachment(

@@ -210,7 +210,8 @@ impl Lab {
         let (storage_listener, storage_link) = link::listen().await;
         let storage = Arc::new(FakeStorageAgent::new(Agent::new(storage_link, calls.clone())));
         let (compute_listener, compute_link) = link::listen().await;
-        let compute = Arc::new(FakeComputeAgent::new(Agent::new(compute_link, calls.clone())));
+        let compute =
+            Arc::new(FakeComputeAgent::new(Agent::new(compute_link, calls.clone()), storage.clone()));
         let service = wire::storage_agent_server::StorageAgentServer::from_arc(storage.clone());
         let server = tls_server(&pki, "storage1").add_service(service);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(storage_listener)));

@@ -1,4 +1,5 @@
-//! A storage agent with volumes and exports in memory. Keeps the rules of the real one: idempotent, ended is ended.
+//! A storage agent with volumes and exports in memory: the pool `tether` is a volume group, `share` a directory. Keeps the
+//! rules of the real one: idempotent, ended is ended, nothing shrinks, a full pool is full.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -12,42 +13,96 @@ use super::{Agent, lock, refusal};
 
 pub(crate) const SECRET: &str = "canary-canary-canary";
 
+/// What each pool holds in all.
+const POOL_SIZE: u64 = 1 << 40;
+
+/// A volume of the fake.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Stored {
+    pub(crate) size_bytes: u64,
+    pub(crate) format: wire::VolumeFormat,
+    pub(crate) provisioning: wire::Provisioning,
+}
+
 pub(crate) struct FakeStorageAgent {
     pub(crate) agent: Agent,
-    pub(crate) volumes: Mutex<BTreeMap<String, u64>>,
+    pub(crate) volumes: Mutex<BTreeMap<String, Stored>>,
     pub(crate) exports: Mutex<BTreeMap<String, wire::ExportStatus>>,
     pub(crate) ended: Mutex<BTreeSet<String>>,
+    /// Why the pool `share` cannot be used.
+    pub(crate) share_problem: Mutex<String>,
 }
 
 impl FakeStorageAgent {
     pub(crate) fn new(agent: Agent) -> Self {
-        let volumes = Mutex::new(BTreeMap::from([("tether/v1".to_owned(), 1 << 30)]));
-        Self { agent, volumes, exports: Mutex::default(), ended: Mutex::default() }
+        let stored =
+            |provisioning| Stored { size_bytes: 1 << 30, format: wire::VolumeFormat::Raw, provisioning };
+        let volumes = BTreeMap::from([
+            ("tether/v1".to_owned(), stored(wire::Provisioning::Thick)),
+            ("share/v1".to_owned(), stored(wire::Provisioning::Thin)),
+        ]);
+        Self {
+            agent,
+            volumes: Mutex::new(volumes),
+            exports: Mutex::default(),
+            ended: Mutex::default(),
+            share_problem: Mutex::default(),
+        }
     }
 
     pub(crate) fn exported(&self) -> Vec<String> {
         lock(&self.exports).keys().cloned().collect()
     }
 
-    fn volume(&self, pool: &str, name: &str) -> Result<wire::Volume, Status> {
-        if pool != "tether" {
-            return Err(refusal(Code::NotFound, "POOL_NOT_FOUND", &format!("no pool {pool}"), &[]));
+    /// How large the kernel shows the volume of an export.
+    pub(crate) fn size_behind(&self, attachment_id: &str) -> Option<u64> {
+        let exports = lock(&self.exports);
+        let export = exports.get(attachment_id)?;
+        let stored = lock(&self.volumes).get(&format!("{}/{}", export.pool, export.volume)).copied()?;
+        Some(stored.size_bytes)
+    }
+
+    /// What the volumes of a pool take together.
+    fn provisioned(&self, pool: &str) -> u64 {
+        let volumes = lock(&self.volumes);
+        let of_pool = volumes.iter().filter(|(key, _)| key.starts_with(&format!("{pool}/")));
+        of_pool.map(|(_, stored)| stored.size_bytes).sum()
+    }
+
+    fn transport(pool: &str) -> Result<wire::Transport, Status> {
+        match pool {
+            "tether" => Ok(wire::Transport::Iscsi),
+            "share" => Ok(wire::Transport::Nfs),
+            _ => Err(refusal(Code::NotFound, "POOL_NOT_FOUND", &format!("no pool {pool}"), &[])),
         }
+    }
+
+    fn check_room(&self, pool: &str, more: u64) -> Result<(), Status> {
+        match self.provisioned(pool).checked_add(more) {
+            Some(all) if all <= POOL_SIZE => Ok(()),
+            _ => Err(refusal(Code::ResourceExhausted, "POOL_FULL", &format!("{pool} is full"), &[])),
+        }
+    }
+
+    fn volume(&self, pool: &str, name: &str) -> Result<wire::Volume, Status> {
+        let transport = Self::transport(pool)?;
         let key = format!("{pool}/{name}");
         let missing = || refusal(Code::NotFound, "VOLUME_NOT_FOUND", &format!("no volume {key}"), &[]);
-        let size_bytes = lock(&self.volumes).get(&key).copied().ok_or_else(missing)?;
+        let stored = lock(&self.volumes).get(&key).copied().ok_or_else(missing)?;
         let exports = lock(&self.exports);
         let exported = exports.values().find(|export| format!("{}/{}", export.pool, export.volume) == key);
         Ok(wire::Volume {
             pool: pool.to_owned(),
             volume: name.to_owned(),
-            size_bytes,
-            uuid: "lv-uuid".into(),
-            wwn: "6".repeat(32),
+            size_bytes: stored.size_bytes,
+            uuid: "uuid".into(),
+            wwn: if transport == wire::Transport::Iscsi { "6".repeat(32) } else { String::new() },
             serial: "aabbccddeeff00112233".into(),
-            provisioning: wire::Provisioning::Thick.into(),
+            provisioning: stored.provisioning.into(),
             created_by_tether: true,
             exported_for: exported.map(|export| export.attachment_id.clone()).unwrap_or_default(),
+            format: stored.format.into(),
+            transport: transport.into(),
         })
     }
 }
@@ -65,11 +120,41 @@ impl StorageAgent for FakeStorageAgent {
         let trouble = self.agent.begin("CreateVolume").await?;
         let request = request.into_inner();
         let key = format!("{}/{}", request.pool, request.volume);
-        let before = lock(&self.volumes).insert(key.clone(), request.size_bytes);
-        let (outcome, steps): (_, &[&str]) = match before {
-            Some(_) => (Outcome::Unchanged, &[]),
-            None => (Outcome::Created, &["create-volume"]),
+        let transport = Self::transport(&request.pool)?;
+        let format = match request.format() {
+            wire::VolumeFormat::Qcow2 => wire::VolumeFormat::Qcow2,
+            wire::VolumeFormat::Unspecified | wire::VolumeFormat::Raw => wire::VolumeFormat::Raw,
         };
+        let provisioning = match (request.provisioning(), transport) {
+            (wire::Provisioning::Unspecified, wire::Transport::Nfs) => wire::Provisioning::Thin,
+            (wire::Provisioning::Unspecified, _) => wire::Provisioning::Thick,
+            (asked, _) => asked,
+        };
+        // A volume group has thick raw volumes, and a qcow2 file is always thin.
+        let unsuitable = match transport {
+            wire::Transport::Nfs => {
+                format == wire::VolumeFormat::Qcow2 && provisioning == wire::Provisioning::Thick
+            }
+            _ => format == wire::VolumeFormat::Qcow2 || provisioning == wire::Provisioning::Thin,
+        };
+        if unsuitable {
+            let message = format!("{} has no such volumes", request.pool);
+            return Err(refusal(Code::InvalidArgument, "INVALID_ARGUMENT", &message, &[]));
+        }
+        let wanted = Stored { size_bytes: request.size_bytes, format, provisioning };
+        let before = lock(&self.volumes).get(&key).copied();
+        let (outcome, steps): (_, &[&str]) = match before {
+            Some(before) if before == wanted => (Outcome::Unchanged, &[]),
+            Some(_) => {
+                let message = format!("{key} is there with other parameters");
+                return Err(refusal(Code::AlreadyExists, "DIFFERENT_PARAMETERS", &message, &[]));
+            }
+            None => {
+                self.check_room(&request.pool, request.size_bytes)?;
+                (Outcome::Created, &["create-volume"])
+            }
+        };
+        lock(&self.volumes).insert(key.clone(), wanted);
         let report = self.agent.steps(&key, outcome, steps).await;
         self.agent.end(trouble).await;
         let volume = self.volume(&request.pool, &request.volume)?;
@@ -101,18 +186,69 @@ impl StorageAgent for FakeStorageAgent {
         Ok(Response::new(wire::DeleteVolumeResponse { report: Some(report) }))
     }
 
+    async fn extend_volume(
+        &self,
+        request: Request<wire::ExtendVolumeRequest>,
+    ) -> Reply<wire::ExtendVolumeResponse> {
+        let trouble = self.agent.begin("ExtendVolume").await?;
+        let request = request.into_inner();
+        let key = format!("{}/{}", request.pool, request.volume);
+        let before = self.volume(&request.pool, &request.volume)?.size_bytes;
+        if request.size_bytes < before {
+            let message = format!("{key} has {before} bytes and is never made smaller");
+            let next = [("next", "name a size that is not smaller")];
+            return Err(refusal(Code::FailedPrecondition, "SHRINK_REFUSED", &message, &next));
+        }
+        self.check_room(&request.pool, request.size_bytes - before)?;
+        if let Some(stored) = lock(&self.volumes).get_mut(&key) {
+            stored.size_bytes = request.size_bytes;
+        }
+        let (outcome, steps): (_, &[&str]) = match request.size_bytes == before {
+            true => (Outcome::Unchanged, &[]),
+            false => (Outcome::Repaired, &["extend-volume"]),
+        };
+        let report = self.agent.steps(&key, outcome, steps).await;
+        self.agent.end(trouble).await;
+        let volume = self.volume(&request.pool, &request.volume)?;
+        Ok(Response::new(wire::ExtendVolumeResponse { volume: Some(volume), report: Some(report) }))
+    }
+
     async fn get_volume(&self, request: Request<wire::GetVolumeRequest>) -> Reply<wire::Volume> {
         self.agent.begin("GetVolume").await?;
         let request = request.into_inner();
         self.volume(&request.pool, &request.volume).map(Response::new)
     }
 
-    async fn list_volumes(&self, _: Request<wire::ListVolumesRequest>) -> Reply<wire::ListVolumesResponse> {
+    async fn list_volumes(
+        &self,
+        request: Request<wire::ListVolumesRequest>,
+    ) -> Reply<wire::ListVolumesResponse> {
         self.agent.begin("ListVolumes").await?;
+        let wanted = request.into_inner().pool;
         let keys: Vec<String> = lock(&self.volumes).keys().cloned().collect();
         let split = keys.iter().filter_map(|key| key.split_once('/'));
+        let split = split.filter(|(pool, _)| wanted.is_empty() || *pool == wanted);
         let volumes = split.map(|(pool, name)| self.volume(pool, name)).collect::<Result<_, _>>()?;
         Ok(Response::new(wire::ListVolumesResponse { volumes }))
+    }
+
+    async fn list_pools(&self, _: Request<wire::ListPoolsRequest>) -> Reply<wire::ListPoolsResponse> {
+        self.agent.begin("ListPools").await?;
+        let pools = ["share", "tether"].map(|pool| {
+            let problem = if pool == "share" { lock(&self.share_problem).clone() } else { String::new() };
+            let transport = if pool == "share" { wire::Transport::Nfs } else { wire::Transport::Iscsi };
+            let provisioned = self.provisioned(pool);
+            let known = |bytes| if problem.is_empty() { bytes } else { 0 };
+            wire::Pool {
+                pool: pool.into(),
+                transport: transport.into(),
+                size_bytes: known(POOL_SIZE),
+                free_bytes: known(POOL_SIZE - provisioned),
+                provisioned_bytes: known(provisioned),
+                problem: problem.clone(),
+            }
+        });
+        Ok(Response::new(wire::ListPoolsResponse { pools: pools.to_vec() }))
     }
 
     async fn export(&self, request: Request<wire::ExportRequest>) -> Reply<wire::ExportResponse> {
@@ -124,20 +260,34 @@ impl StorageAgent for FakeStorageAgent {
         }
         let volume = self.volume(&request.pool, &request.volume)?;
         let connector = request.connector.unwrap();
+        let over_nfs = volume.transport() == wire::Transport::Nfs;
+        let file = format!("{}.{}", request.volume, if volume.format == 2 { "qcow2" } else { "raw" });
+        let only = |this: bool, text: String| if this { text } else { String::new() };
         let export = wire::ExportStatus {
             attachment_id: id.clone(),
             pool: request.pool,
             volume: request.volume,
             hostname: connector.hostname,
             initiator_iqn: connector.initiator_iqn,
-            target_iqn: format!("iqn.2026-11.io.example:{id}"),
+            target_iqn: only(!over_nfs, format!("iqn.2026-11.io.example:{id}")),
             access_mode: request.access_mode,
             enabled: true,
             connected: false,
             phase: "exported".into(),
+            transport: volume.transport,
+            file_path: only(over_nfs, format!("/srv/share/{file}")),
+            client_addresses: if over_nfs { connector.addresses } else { Vec::new() },
         };
-        let info = wire::ConnectionInfo {
-            transport: Some(wire::connection_info::Transport::Iscsi(wire::IscsiConnection {
+        let transport = match over_nfs {
+            true => wire::connection_info::Transport::Nfs(wire::NfsConnection {
+                servers: vec!["192.0.2.1".into()],
+                path: "/srv/share".into(),
+                file,
+                format: volume.format,
+                inode: 7,
+                file_system_id: "5a5a5a5a-0000-4000-8000-000000000001".into(),
+            }),
+            false => wire::connection_info::Transport::Iscsi(wire::IscsiConnection {
                 target_iqn: export.target_iqn.clone(),
                 portals: vec!["192.0.2.1:3260".into()],
                 target_portal_group_tag: 1,
@@ -145,7 +295,10 @@ impl StorageAgent for FakeStorageAgent {
                 chap_username: "user".into(),
                 chap_secret: SECRET.into(),
                 wwn: volume.wwn,
-            })),
+            }),
+        };
+        let info = wire::ConnectionInfo {
+            transport: Some(transport),
             size_bytes: volume.size_bytes,
             access_mode: request.access_mode,
             serial: volume.serial,
