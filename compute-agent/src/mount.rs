@@ -145,12 +145,18 @@ impl Mounts {
         })
     }
 
+    /// The config's options that the kernel shows as they were given. The server has the last word on sizes, and a second
+    /// mount shares the connections of the first.
+    fn shown(&self) -> Vec<&str> {
+        let shown = |option: &&str| option.starts_with("timeo=") || option.starts_with("retrans=");
+        self.options.split(',').filter(shown).collect()
+    }
+
     /// Server, path and the options that matter to a guest's data (F46).
     fn is_as_we_mount(&self, mount: &Mount, found: &Mounted) -> bool {
         found.kind == "nfs4"
             && found.source == mount.share
-            && found.has("hard")
-            && found.has("rw")
+            && ["hard", "nosharecache", "rw"].iter().chain(&self.shown()).all(|option| found.has(option))
             && self.versions.iter().any(|version| found.has(&format!("vers={}", version.as_str())))
     }
 

@@ -43,21 +43,32 @@ fn f46_a_mount_is_used_only_when_server_path_and_options_are_the_same() {
         mounts(root.path(), &[], &line).state(&mount).unwrap()
     };
     assert_eq!(
-        on("nfs4 10.0.0.1:/srv/a rw,vers=4.2,hard,proto=tcp"),
+        on("nfs4 10.0.0.1:/srv/a rw,vers=4.2,hard,nosharecache,proto=tcp,timeo=600"),
         State::Mounted { device: "0:38".to_owned() }
     );
     for other in [
-        "nfs4 10.0.0.1:/srv/a rw,vers=4.2,soft",
-        "nfs4 10.0.0.1:/srv/a ro,vers=4.2,hard",
-        "nfs4 10.0.0.1:/srv/a rw,vers=4.0,hard",
+        "nfs4 10.0.0.1:/srv/a rw,vers=4.2,soft,nosharecache",
+        "nfs4 10.0.0.1:/srv/a ro,vers=4.2,hard,nosharecache",
+        "nfs4 10.0.0.1:/srv/a rw,vers=4.0,hard,nosharecache",
         "nfs 10.0.0.1:/srv/a rw,vers=3,hard",
-        "nfs4 10.0.0.2:/srv/a rw,vers=4.2,hard",
-        "nfs4 10.0.0.1:/srv/b rw,vers=4.2,hard",
+        "nfs4 10.0.0.1:/srv/a rw,vers=4.2,hard",
+        "nfs4 10.0.0.2:/srv/a rw,vers=4.2,hard,nosharecache",
+        "nfs4 10.0.0.1:/srv/b rw,vers=4.2,hard,nosharecache",
         "tmpfs none rw",
     ] {
         assert!(matches!(on(other), State::Other(_)), "{other}");
     }
     assert_eq!(mounts(root.path(), &[], "").state(&mount).unwrap(), State::Absent);
+
+    let options = ["timeo=100", "rsize=65536"];
+    let mount = share(&mounts(root.path(), &options, ""), "10.0.0.1", "/srv/a");
+    let on = |rest: &str| {
+        let line = format!("40 25 0:38 / {} rw - nfs4 10.0.0.1:/srv/a {rest}\n", mount.directory.display());
+        mounts(root.path(), &options, &line).state(&mount).unwrap()
+    };
+    let good = "rw,vers=4.2,hard,nosharecache,rsize=32768,timeo=100";
+    assert!(matches!(on(good), State::Mounted { .. }), "the server may have asked for smaller reads");
+    assert!(matches!(on(&good.replace("timeo=100", "timeo=600")), State::Other(_)));
 }
 
 /// F25: a process that the kernel does not let end keeps its share busy, and no other; once it has ended, all is well.
