@@ -13,6 +13,7 @@ mod fault;
 pub mod helper_process;
 pub mod journal;
 pub mod operations;
+pub mod qcow2;
 pub mod server;
 pub mod services;
 pub mod steps;
