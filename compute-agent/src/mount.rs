@@ -8,29 +8,27 @@
 
 mod error;
 pub(crate) mod file_helper;
+mod helpers;
 mod table;
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tether_agent_core::command::{CommandError, CommandLine};
-use tether_agent_core::helper_process::HelperProcess;
 use tether_agent_core::turns::{Turn, Turns};
 use tether_proto::{FileSystemId, ServerAddress, SharePath, VolumeFormat};
-use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::config::{Nfs, NfsVersion};
 use crate::tcp_probe::first_to_answer;
 pub(crate) use error::MountError;
 use file_helper::{Answer, Facts, Question};
+use helpers::Helpers;
 use table::Mounted;
 
 /// Where NFS 4 listens (RFC 8881 section 2.9.3).
@@ -72,8 +70,6 @@ pub(crate) enum State {
     Other(String),
 }
 
-type Slot = Arc<tokio::sync::Mutex<Option<HelperProcess>>>;
-
 /// All mounts below the mnt directory.
 pub(crate) struct Mounts {
     directory: PathBuf,
@@ -83,9 +79,7 @@ pub(crate) struct Mounts {
     /// Our options and the config's, without the version.
     options: String,
     turns: Turns<FileSystemId>,
-    helpers: Mutex<HashMap<PathBuf, Slot>>,
-    /// Processes that the kernel does not let end, by the directory they hang at: pid, and when it started.
-    stuck: Mutex<HashMap<PathBuf, (u32, String)>>,
+    helpers: Helpers,
 }
 
 impl Mounts {
@@ -105,8 +99,7 @@ impl Mounts {
             versions: config.versions.clone(),
             options: format!("{OPTIONS}{more}"),
             turns: Turns::default(),
-            helpers: Mutex::default(),
-            stuck: Mutex::default(),
+            helpers: Helpers::default(),
         })
     }
 
@@ -162,8 +155,9 @@ impl Mounts {
 
     /// Mounts, unless it is mounted. Versions are tried in the config's order.
     pub(crate) async fn mount(&self, mount: &Mount) -> Result<(), MountError> {
-        self.check_not_stuck(mount)?;
+        self.helpers.check_not_stuck(mount)?;
         make_directory(&mount.directory)?;
+        self.helpers.start(mount)?;
         let mut refused = None;
         for version in &self.versions {
             let options = format!("vers={},{}", version.as_str(), self.options);
@@ -192,8 +186,8 @@ impl Mounts {
 
     /// Unmounts, removes the directory and ends the helper, as far as they are there.
     pub(crate) async fn unmount(&self, mount: &Mount) -> Result<(), MountError> {
-        self.check_not_stuck(mount)?;
-        self.end_helper(mount).await?;
+        self.helpers.check_not_stuck(mount)?;
+        self.helpers.end(mount).await?;
         match self.state(mount)? {
             State::Absent => {}
             State::Other(found) => return Err(MountError::Taken { mount: mount.clone(), found }),
@@ -219,7 +213,7 @@ impl Mounts {
     /// Does the server of a mounted share answer, now?
     pub(crate) async fn check_alive(&self, mount: &Mount) -> Result<(), MountError> {
         self.probe(&[mount.server]).await?;
-        match self.ask(mount, &Question::Alive(mount.directory.clone()), LOOK_DEADLINE).await? {
+        match self.helpers.ask(mount, &Question::Alive(mount.directory.clone()), LOOK_DEADLINE).await? {
             // A stale handle is an answer, too.
             Answer::Done | Answer::Failed { .. } => Ok(()),
             other => Err(MountError::Report(format!("the file helper answered {other:?}"))),
@@ -241,7 +235,7 @@ impl Mounts {
             return Err(MountError::OtherFileSystem { mount: mount.clone(), wanted: file_system });
         }
         let question = Question::Look { path: path.to_owned(), format };
-        let facts = match self.ask(mount, &question, LOOK_DEADLINE).await? {
+        let facts = match self.helpers.ask(mount, &question, LOOK_DEADLINE).await? {
             Answer::Found(facts) => facts,
             Answer::Unfit(problem) => return Err(MountError::Unfit { path: path.to_owned(), problem }),
             Answer::Failed { errno, message } => {
@@ -257,7 +251,7 @@ impl Mounts {
 
     /// Writes what this host holds of a file to the server.
     pub(crate) async fn flush(&self, mount: &Mount, path: &Path) -> Result<(), MountError> {
-        match self.ask(mount, &Question::Flush(path.to_owned()), FLUSH_DEADLINE).await? {
+        match self.helpers.ask(mount, &Question::Flush(path.to_owned()), FLUSH_DEADLINE).await? {
             Answer::Done => Ok(()),
             Answer::Failed { errno, message } => {
                 Err(MountError::File { path: path.to_owned(), errno, message })
@@ -279,95 +273,12 @@ impl Mounts {
         })
     }
 
-    /// Asks the mount's helper. The first to ask starts it; one that died is started again, one that hangs is given up.
-    async fn ask(
-        &self,
-        mount: &Mount,
-        question: &Question,
-        deadline: Duration,
-    ) -> Result<Answer, MountError> {
-        self.check_not_stuck(mount)?;
-        let silent = || MountError::Unresponsive { share: mount.share.clone(), deadline };
-        let text = serde_json::to_string(question).map_err(|error| MountError::Report(error.to_string()))?;
-        let slot = self.slot(mount);
-        let Ok(mut held) = timeout(deadline, slot.lock_owned()).await else { return Err(silent()) };
-        let program = || CommandLine::new("/proc/self/exe").arg(file_helper::ARGUMENT);
-        let kept = held.take();
-        let was_kept = kept.is_some();
-        let mut helper = match kept {
-            Some(helper) => helper,
-            None => HelperProcess::start(&program()).map_err(MountError::Helper)?,
-        };
-        let mut answer = helper.ask(&text, deadline).await;
-        if was_kept && matches!(answer, Err(CommandError::Io { .. })) {
-            helper = HelperProcess::start(&program()).map_err(MountError::Helper)?;
-            answer = helper.ask(&text, deadline).await;
-        }
-        match answer {
-            Ok(answer) => {
-                *held = Some(helper);
-                serde_json::from_str(&answer).map_err(|error| MountError::Report(error.to_string()))
-            }
-            Err(error) => {
-                let late = matches!(error, CommandError::Deadline { .. });
-                if let Some(pid) = helper.end().await {
-                    self.note_stuck(mount, pid);
-                }
-                Err(if late { silent() } else { MountError::Helper(error) })
-            }
-        }
-    }
-
-    async fn end_helper(&self, mount: &Mount) -> Result<(), MountError> {
-        let slot = self.helpers().remove(&mount.directory);
-        let Some(slot) = slot else { return Ok(()) };
-        let Ok(mut held) = timeout(LOOK_DEADLINE, slot.lock_owned()).await else {
-            return Err(MountError::Unresponsive { share: mount.share.clone(), deadline: LOOK_DEADLINE });
-        };
-        if let Some(helper) = held.take()
-            && let Some(pid) = helper.end().await
-        {
-            self.note_stuck(mount, pid);
-        }
-        Ok(())
-    }
-
-    fn slot(&self, mount: &Mount) -> Slot {
-        self.helpers().entry(mount.directory.clone()).or_default().clone()
-    }
-
-    fn helpers(&self) -> std::sync::MutexGuard<'_, HashMap<PathBuf, Slot>> {
-        // Each change is one insert or remove; a panic elsewhere cannot leave it half done.
-        self.helpers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// What a failed mount or umount means. One that could not be ended keeps its directory busy (F25).
     fn told(&self, mount: &Mount, error: CommandError) -> MountError {
         if let CommandError::Deadline { stuck_pid: Some(pid), .. } = &error {
-            self.note_stuck(mount, *pid);
+            self.helpers.note_stuck(mount, *pid);
         }
         MountError::Mount { mount: mount.clone(), source: error }
-    }
-
-    fn note_stuck(&self, mount: &Mount, pid: u32) {
-        tracing::error!(pid, share = %mount.share, "a process hangs in the kernel at this share");
-        let Some(started) = started(pid) else { return };
-        let mut stuck = self.stuck.lock().unwrap_or_else(PoisonError::into_inner);
-        stuck.insert(mount.directory.clone(), (pid, started));
-    }
-
-    /// One process that hangs at a share is enough: no second one is sent after it.
-    fn check_not_stuck(&self, mount: &Mount) -> Result<(), MountError> {
-        let mut stuck = self.stuck.lock().unwrap_or_else(PoisonError::into_inner);
-        match stuck.get(&mount.directory) {
-            Some((pid, when)) if started(*pid).as_ref() == Some(when) => {
-                Err(MountError::Stuck { share: mount.share.clone(), pid: *pid })
-            }
-            _ => {
-                stuck.remove(&mount.directory);
-                Ok(())
-            }
-        }
     }
 }
 
@@ -386,12 +297,6 @@ fn is_another_version(error: &CommandError) -> bool {
     let CommandError::Failed { stderr, .. } = error else { return false };
     stderr.contains("Protocol not supported")
         || stderr.contains("NFS version or transport protocol is not supported")
-}
-
-/// When a process started, in clock ticks after boot: with the pid it names a process for ever (proc_pid_stat(5)).
-fn started(pid: u32) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19).map(str::to_owned)
 }
 
 fn read(path: &Path) -> Result<String, MountError> {

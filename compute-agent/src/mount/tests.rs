@@ -77,11 +77,11 @@ fn f25_a_stuck_process_keeps_only_its_share_busy() {
     let root = tempfile::tempdir().unwrap();
     let mounts = mounts(root.path(), &[], "");
     let (one, two) = (share(&mounts, "10.0.0.1", "/srv/a"), share(&mounts, "10.0.0.2", "/srv/a"));
-    mounts.note_stuck(&one, std::process::id());
-    let error = mounts.check_not_stuck(&one).unwrap_err();
+    mounts.helpers.note_stuck(&one, std::process::id());
+    let error = mounts.helpers.check_not_stuck(&one).unwrap_err();
     assert!(matches!(error, MountError::Stuck { pid, .. } if pid == std::process::id()));
-    mounts.check_not_stuck(&two).unwrap();
+    mounts.helpers.check_not_stuck(&two).unwrap();
     // The pid is somebody else's by now.
-    mounts.stuck.lock().unwrap().insert(one.directory.clone(), (std::process::id(), "1".to_owned()));
-    mounts.check_not_stuck(&one).unwrap();
+    mounts.helpers.stuck.lock().unwrap().insert(one.directory.clone(), (std::process::id(), "1".to_owned()));
+    mounts.helpers.check_not_stuck(&one).unwrap();
 }
