@@ -64,7 +64,12 @@ impl Attachments {
         let views = self.views_of(&attachment).await?;
         let status = self.status(id, Phase::Attached, &attachment, &views)?;
         tracing::info!(domain = %attachment.domain_name, bytes = size.bytes(), changed, "resized");
-        Ok((if changed { Outcome::Repaired } else { Outcome::Unchanged }, status))
+        let outcome = match (changed, pending) {
+            (false, _) => Outcome::Unchanged,
+            (true, false) => Outcome::Created,
+            (true, true) => Outcome::Repaired,
+        };
+        Ok((outcome, status))
     }
 
     async fn write_attached(

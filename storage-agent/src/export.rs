@@ -1,7 +1,7 @@
 //! The engine of exports: the only place that knows the order of steps, their undo and the journal.
 //!
 //! Each Export and Unexport is a task of its own under the attachment's id (`Operations`). The journal says what an
-//! export is to be, configfs says what is. Making and repairing are the same steps, each of which changes only what
+//! export is to be, the kernel says what is; the steps in between are the transport's (`export/iscsi`, `export/nfs`). Making and repairing are the same steps, each of which changes only what
 //! differs; undoing and removing are the same steps too. `Claims` decides who has a volume: it is taken before the
 //! first side effect and given back after the last.
 //!
@@ -9,31 +9,44 @@
 //! A failed export that was undone leaves no record; one that could not be undone stays `exporting`, and a retry of
 //! Export or an Unexport goes on from there.
 
+mod iscsi;
+mod nfs;
+
 use std::sync::Arc;
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::journal::Journal;
 use tether_agent_core::operations::Operations;
-use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
+use tether_agent_core::steps::Steps;
 use tether_proto::wire::{OperationReport, Outcome};
-use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, Connector, Iqn, VolumeKey};
+use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, Connector, Transport, VolumeKey};
 
 use crate::claims::{Claim, Claims};
-use crate::config::{Config, Iscsi};
+use crate::config::Config;
 use crate::identity::VolumeIdentity;
-use crate::lvm::{self, Lvm};
+use crate::nfs::Nfs as NfsServer;
+use crate::pool::{Pool, Pools};
 use crate::record::{Export, ExportRecord, Phase};
-use crate::target::lio::{self, Lio, Target};
-use crate::volume;
+use crate::volume::find::{self, FoundFile};
+use crate::volume::{check_extended, settle};
 
 /// All exports of this agent.
 pub(crate) struct Exports {
     journal: Arc<Journal<ExportRecord>>,
     operations: Operations,
     claims: Claims,
-    lio: Lio,
-    iscsi: Iscsi,
-    pools: volume::Pools,
+    pools: Arc<Pools>,
+    iscsi: iscsi::Iscsi,
+    nfs: nfs::Nfs,
+}
+
+/// A volume that was found, and is the one that is recorded.
+struct Volume {
+    identity: VolumeIdentity,
+    /// Its device node or file.
+    device: String,
+    /// What else there is to tell of a file.
+    file: Option<FoundFile>,
 }
 
 /// An export as it is recorded and as the kernel shows it.
@@ -46,37 +59,32 @@ pub(crate) struct ExportView {
 }
 
 impl Exports {
-    /// Opens the journal, takes its claims again, and makes the kernel's target ready. A kernel that lacks it is
-    /// told in the log now and to each caller later: volumes can be made all the same.
+    /// Opens the journal, takes its claims again, and makes ready what the config asks for.
     ///
     /// # Errors
     /// When the journal cannot be opened.
-    pub(crate) async fn open(config: &Config) -> Result<Self, Failure> {
-        let journal = Journal::<ExportRecord>::open(&config.state_directory.join("exports"))?;
+    pub(crate) async fn open(config: &Config, pools: Arc<Pools>) -> Result<Self, Failure> {
+        let journal = Arc::new(Journal::<ExportRecord>::open(&config.state_directory.join("exports"))?);
         let claims = Claims::default();
         for record in journal.list() {
             if let Some(export) = record.export.filter(|_| record.phase != Phase::Ended) {
                 // Two records of one volume are a defect, but none that should keep the others from being served.
-                if let Err(clash) = claims.claim(export.place(), Claim::Export(record.id)) {
+                if let Err(clash) = claims.claim(&export.place(), Claim::Export(record.id)) {
                     tracing::error!(attachment = %record.id, %clash, "the journal has two exports of one volume");
                 }
             }
         }
-        let lio = Lio::at(lio::ROOT);
-        if let Err(failure) = lio.make_ready().await {
-            tracing::error!(error = %failure, "this host cannot export yet");
-        }
         Ok(Self {
-            journal: Arc::new(journal),
+            iscsi: iscsi::Iscsi::open(config.iscsi.as_ref()).await,
+            nfs: nfs::Nfs::open(NfsServer::at("/"), config.nfs.as_ref(), &journal),
+            journal,
             operations: Operations::default(),
             claims,
-            lio,
-            iscsi: config.iscsi.clone(),
-            pools: volume::pools(config),
+            pools,
         })
     }
 
-    /// Who has which volume; volumes' creation and deletion ask too.
+    /// Who has which volume; volumes' creation, extension and deletion ask too.
     pub(crate) fn claims(&self) -> Claims {
         self.claims.clone()
     }
@@ -117,7 +125,10 @@ impl Exports {
     /// One export; of one that has ended there is only the phase.
     pub(crate) async fn get(&self, id: AttachmentId) -> Result<ExportView, Failure> {
         match self.journal.get(&id.to_string()) {
-            Some(record) => self.view(record).await,
+            Some(record) => {
+                let seen = self.look(std::slice::from_ref(&record)).await;
+                Ok(self.view(record, seen.as_ref()).await)
+            }
             None => {
                 Err(Failure::new(Reason::ExportNotFound, format!("attachment {id} is not exported here"))
                     .at("find-export"))
@@ -126,24 +137,39 @@ impl Exports {
     }
 
     /// All exports that have not ended, by attachment id.
-    pub(crate) async fn list(&self) -> Result<Vec<ExportView>, Failure> {
+    pub(crate) async fn list(&self) -> Vec<ExportView> {
+        let mut records = self.journal.list();
+        records.retain(|record| record.phase != Phase::Ended);
+        let seen = self.look(&records).await;
         let mut views = Vec::new();
-        for record in self.journal.list().into_iter().filter(|record| record.phase != Phase::Ended) {
-            views.push(self.view(record).await?);
+        for record in records {
+            views.push(self.view(record, seen.as_ref()).await);
         }
-        Ok(views)
+        views
     }
 
-    async fn view(&self, record: ExportRecord) -> Result<ExportView, Failure> {
+    /// What the NFS server shows, for all exports at once; nothing when none of them needs it or it cannot be read.
+    async fn look(&self, records: &[ExportRecord]) -> Option<nfs::Seen> {
+        if !records.iter().any(|record| record.export.as_ref().is_some_and(|export| export.share.is_some())) {
+            return None;
+        }
+        let seen = self.nfs.look().await;
+        seen.inspect_err(|failure| tracing::warn!(error = %failure, "what is shared cannot be read")).ok()
+    }
+
+    /// An export of which the kernel's part cannot be read is shown without it: it does not hide the others.
+    async fn view(&self, record: ExportRecord, seen: Option<&nfs::Seen>) -> ExportView {
         let ExportRecord { id, phase, export } = record;
-        let Some(export) = export else {
-            return Ok(ExportView { id, phase, export: None, enabled: false, connected: false });
+        let state = match (export.as_ref().map(|export| (export, &export.connection.transport)), seen) {
+            (Some((export, Transport::Iscsi(iscsi))), _) => self.iscsi.state(export, &iscsi.target_iqn).await,
+            (Some((export, Transport::Nfs(nfs))), Some(seen)) => self.nfs.state(export, nfs, seen).await,
+            _ => Ok((false, false)),
         };
-        let (lio, iqn) = (self.lio.clone(), export.connection.iscsi.target_iqn.clone());
-        let initiator = export.connector.initiator_iqn.clone();
-        let look = move || Ok::<_, Failure>((lio.enabled(&iqn)?, lio.connected(&iqn, &initiator)?));
-        let (enabled, connected) = blocking(KERNEL_DEADLINE, look).await?;
-        Ok(ExportView { id, phase, export: Some(export), enabled, connected })
+        let (enabled, connected) = state.unwrap_or_else(|failure| {
+            tracing::warn!(attachment = %id, error = %failure, "the state of this export cannot be read");
+            (false, false)
+        });
+        ExportView { id, phase, export, enabled, connected }
     }
 
     async fn do_export(
@@ -154,13 +180,12 @@ impl Exports {
         connector: Connector,
         access_mode: AccessMode,
     ) -> Result<(ConnectionInfo, OperationReport), Failure> {
-        let pool = volume::pool(&self.pools, &volume.pool)?.clone();
-        lvm::check_name(&volume.volume).map_err(|failure| failure.at("validate"))?;
+        let pool = self.pools.of(&volume)?;
         let recorded = self.journal.get(&id.to_string());
         if let Some(record) = &recorded {
             record.check_retry(&volume, &connector, access_mode)?;
-        } else if let Some(file) = self.journal.damaged().first() {
-            // It may have held the export that has this very volume (rule 2).
+        } else if let Some(file) = self.journal.damaged().first().or(self.pools.damaged()) {
+            // It may have held the export that has this very volume (rule 2), or that it is not wiped to its end.
             return Err(Failure::new(
                 Reason::JournalFailed,
                 format!(
@@ -170,35 +195,82 @@ impl Exports {
             )
             .at("validate")
             .next(
-                "repair it or, when its export is gone from targetcli ls, delete it; then restart the agent",
+                "repair it or, when its export is gone from targetcli ls and exportfs -v, delete it; then restart the agent",
             ));
         }
-        let (place, claim) = (pool.place(volume.volume.as_str()), Claim::Export(id));
+        let clients = match pool {
+            Pool::Directory(directory) if recorded.is_none() => {
+                Some(self.nfs.clients(&connector, directory)?)
+            }
+            _ => None,
+        };
+        let (place, claim) = (pool.place(&volume.volume), Claim::Export(id));
         self.claims.claim(&place, claim).map_err(|failure| failure.at("validate"))?;
         let outcome = async {
-            let identity = steps.run("find-volume", find_volume(pool.clone(), volume.clone())).await?;
-            let device = pool.device(volume.volume.as_str()).display().to_string();
-            match recorded {
-                Some(record) => self.put_in_place(steps, record, &identity, false).await,
+            let fresh = recorded.is_none();
+            let found = self.find(steps, pool, &volume, fresh).await?;
+            let record = match recorded {
+                Some(record) => record,
                 None => {
-                    let record = ExportRecord::new(
-                        id,
-                        &self.iscsi,
-                        device,
-                        &volume,
-                        &identity,
-                        connector,
-                        access_mode,
-                    )?;
-                    self.put_in_place(steps, record, &identity, true).await
+                    let connection = self.connection(id, pool, &found, access_mode)?;
+                    let (device, unit_serial) = (found.device, found.identity.unit_serial());
+                    let export =
+                        Export { volume, device, unit_serial, connector, connection, share: clients };
+                    ExportRecord::new(id, export)
                 }
-            }
+            };
+            self.put_in_place(steps, record, &found.identity, fresh).await
         }
         .await;
         if outcome.is_err() && self.journal.get(&id.to_string()).is_none() {
             self.claims.release(&place, claim);
         }
         outcome
+    }
+
+    /// Finds a volume, and before its first export ends an extension that was cut off.
+    async fn find(
+        &self,
+        steps: &Steps,
+        pool: &Pool,
+        volume: &VolumeKey,
+        fresh: bool,
+    ) -> Result<Volume, Failure> {
+        match pool {
+            Pool::Logical(lvm) => {
+                let identity = steps.run("find-volume", find::logical(lvm, volume)).await?;
+                if fresh {
+                    check_extended(&self.pools, volume, &identity.uuid, identity.size)?;
+                }
+                let device = lvm.device(volume.volume.as_str()).display().to_string();
+                Ok(Volume { identity, device, file: None })
+            }
+            Pool::Directory(directory) => {
+                let mut file = steps.run("find-volume", find::file(&self.pools, directory, volume)).await?;
+                if fresh && file.record.extending_to.is_some() {
+                    let settled = settle(&self.pools, directory, &file, steps);
+                    file.record = steps.run("finish-extension", settled).await?;
+                }
+                let device = directory.file(&file.name).display().to_string();
+                Ok(Volume { identity: file.record.volume_identity(), device, file: Some(file) })
+            }
+        }
+    }
+
+    /// The answer to a new Export.
+    fn connection(
+        &self,
+        id: AttachmentId,
+        pool: &Pool,
+        found: &Volume,
+        access_mode: AccessMode,
+    ) -> Result<ConnectionInfo, Failure> {
+        let transport = match (pool, &found.file) {
+            (Pool::Directory(directory), Some(file)) => Transport::Nfs(self.nfs.connection(directory, file)?),
+            _ => Transport::Iscsi(self.iscsi.connection(id, &found.identity)?),
+        };
+        let identity = &found.identity;
+        Ok(ConnectionInfo { transport, size: identity.size, access_mode, serial: identity.serial() })
     }
 
     /// From the record to the kernel. A failure is undone, unless the export was whole before: then it may be in use,
@@ -216,23 +288,18 @@ impl Exports {
             return Err(Failure::new(Reason::Internal, format!("the record of {id} is empty")));
         };
         export.check_identity(id, identity)?;
-        let iqn = export.connection.iscsi.target_iqn.clone();
-        let lio = self.lio.clone();
-        let there = steps.run("make-ready", async move { lio.make_ready().await?.exists(iqn).await }).await?;
-        if fresh && there {
-            // Nobody else makes targets of this name: the prefix is ours and the id was never used.
-            let iqn = &export.connection.iscsi.target_iqn;
-            return Err(Failure::new(
-                Reason::NotOurs,
-                format!("target {iqn} is there, but it is not in the journal"),
-            )
-            .next(format!("if nobody uses it: targetcli /iscsi delete {iqn}")));
+        match &export.connection.transport {
+            Transport::Iscsi(iscsi) => self.iscsi.make_ready(steps, iscsi, fresh).await?,
+            Transport::Nfs(_) => self.nfs.make_ready(steps).await?,
         }
         let made = async {
             if fresh {
                 self.write(steps, "write-journal", &record).await?;
             }
-            let changed = self.converge(steps, &export.target(id)).await?;
+            let changed = match &export.connection.transport {
+                Transport::Iscsi(iscsi) => self.iscsi.converge(steps, id, &export, iscsi).await?,
+                Transport::Nfs(nfs) => self.nfs.converge(steps, id, &export, nfs).await?,
+            };
             if !was_exported {
                 record.phase = Phase::Exported;
                 self.write(steps, "close-journal", &record).await?;
@@ -248,7 +315,9 @@ impl Exports {
                     (false, false) => Outcome::Unchanged,
                 };
                 tracing::info!(volume = %export.volume, ?outcome, "exported");
-                Ok((export.connection, steps.report(outcome)))
+                // The volume may have been made larger since the record was written.
+                let connection = ConnectionInfo { size: identity.size, ..export.connection };
+                Ok((connection, steps.report(outcome)))
             }
             Err(failure) if was_exported => Err(failure),
             // What the kernel may still do must find its record.
@@ -260,27 +329,9 @@ impl Exports {
         }
     }
 
-    async fn converge(&self, steps: &Steps, target: &Target) -> Result<bool, Failure> {
-        type Ensure = fn(&Lio, &Target) -> Result<bool, Failure>;
-        let order: [(&'static str, Ensure); 6] = [
-            ("create-backstore", |lio, target| lio.ensure_backstore(target)),
-            ("create-target", |lio, target| Ok(lio.ensure_target(target)?)),
-            ("create-lun", |lio, target| Ok(lio.ensure_lun(target)?)),
-            ("create-acl", |lio, target| Ok(lio.ensure_acl(target)?)),
-            ("create-portals", Lio::ensure_portals),
-            ("enable-target", |lio, target| Ok(lio.ensure_enabled(&target.iqn)?)),
-        ];
-        let mut changed = false;
-        for (step, ensure) in order {
-            let (lio, target) = (self.lio.clone(), target.clone());
-            changed |= steps.run_blocking(step, move || ensure(&lio, &target)).await?;
-        }
-        Ok(changed)
-    }
-
     async fn undo(&self, steps: &Steps, id: AttachmentId, export: &Export, mut failure: Failure) -> Failure {
-        match self.take_away(steps, id, &export.connection.iscsi.target_iqn).await {
-            Ok(_) => {
+        match self.take_away(steps, id, export).await {
+            Ok(()) => {
                 let (journal, key) = (self.journal.clone(), id.to_string());
                 let forgotten = steps.run_blocking("undo-write-journal", move || journal.remove(&key)).await;
                 if let Err(error) = forgotten {
@@ -292,20 +343,12 @@ impl Exports {
         failure
     }
 
-    /// Fences and removes whatever there is of a target and its backstore. True when there was something.
-    async fn take_away(&self, steps: &Steps, id: AttachmentId, iqn: &Iqn) -> Result<bool, Failure> {
-        type Remove = fn(&Lio, AttachmentId, &Iqn) -> Result<bool, Failure>;
-        let order: [(&'static str, Remove); 3] = [
-            ("fence-target", |lio, _, iqn| Ok(lio.fence(iqn)?)),
-            ("remove-target", |lio, _, iqn| Ok(lio.remove_target(iqn)?)),
-            ("remove-backstore", |lio, id, _| Ok(lio.remove_backstore(id)?)),
-        ];
-        let mut removed = false;
-        for (step, remove) in order {
-            let (lio, iqn) = (self.lio.clone(), iqn.clone());
-            removed |= steps.run_blocking(step, move || remove(&lio, id, &iqn)).await?;
+    /// Cuts the connector off and removes whatever there is.
+    async fn take_away(&self, steps: &Steps, id: AttachmentId, export: &Export) -> Result<(), Failure> {
+        match &export.connection.transport {
+            Transport::Iscsi(iscsi) => self.iscsi.take_away(steps, id, &iscsi.target_iqn).await,
+            Transport::Nfs(nfs) => self.nfs.take_away(steps, id, export, nfs).await,
         }
-        Ok(removed)
     }
 
     async fn do_unexport(&self, steps: &Steps, id: AttachmentId) -> Result<OperationReport, Failure> {
@@ -321,11 +364,10 @@ impl Exports {
         if phase == Phase::Ended {
             return Ok(steps.report(Outcome::Unchanged));
         }
-        let (volume, place) = (export.volume.clone(), export.place().to_owned());
-        let iqn = export.connection.iscsi.target_iqn.clone();
-        let removing = ExportRecord { id, phase: Phase::Unexporting, export: Some(export) };
+        let (volume, place) = (export.volume.clone(), export.place());
+        let removing = ExportRecord { id, phase: Phase::Unexporting, export: Some(export.clone()) };
         self.write(steps, "write-journal", &removing).await?;
-        self.take_away(steps, id, &iqn).await?;
+        self.take_away(steps, id, &export).await?;
         let closed = self.write(steps, "close-journal", &ExportRecord::ended(id)).await;
         // What the journal has as ended has nothing any more, whatever became of the step.
         if self.journal.get(&id.to_string()).is_some_and(|record| record.phase == Phase::Ended) {
@@ -340,22 +382,4 @@ impl Exports {
         let (journal, record) = (self.journal.clone(), record.clone());
         steps.run_blocking(step, move || journal.put(&record.id.to_string(), &record)).await
     }
-}
-
-async fn find_volume(pool: Lvm, volume: VolumeKey) -> Result<VolumeIdentity, Failure> {
-    let look = |pool: &Lvm| {
-        let (pool, name) = (pool.clone(), volume.volume.clone());
-        blocking(KERNEL_DEADLINE, move || pool.identity(&name))
-    };
-    if let Some(identity) = look(&pool).await? {
-        return Ok(identity);
-    }
-    // Not active, or not there: only now a process has to say which.
-    if pool.find(volume.volume.as_str()).await?.is_none() {
-        return Err(volume::not_found(&volume));
-    }
-    pool.activate(volume.volume.as_str()).await?;
-    look(&pool).await?.ok_or_else(|| {
-        Failure::new(Reason::LvmFailed, format!("volume {volume} has no device after lvchange --activate y"))
-    })
 }

@@ -1,6 +1,7 @@
 //! From a volume's permanent id to what an initiator and a guest see: unit serial, WWN, guest serial (rule 1, F2).
 //! Pure; where the id comes from is the adapter's matter.
 
+use serde::{Deserialize, Serialize};
 use tether_proto::{ByteSize, Serial, Wwn};
 use uuid::Uuid;
 
@@ -11,10 +12,31 @@ const NAMESPACE: Uuid = Uuid::from_u128(0x7b4f_6a0e_55c1_4c39_9a53_74d1_0e2f_8b1
 /// (`spc_gen_naa_6h_vendor_specific` in the kernel's target_core_spc.c).
 const LIO_NAA_PREFIX: &str = "6001405";
 
-/// A volume that is there, as the kernel knows it.
+/// How a volume's space is had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Provisioning {
+    /// All at once.
+    Thick,
+    /// As it is written.
+    Thin,
+}
+
+impl Provisioning {
+    /// The word for people.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Thick => "thick",
+            Self::Thin => "thin",
+        }
+    }
+}
+
+/// A volume that is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct VolumeIdentity {
-    /// The permanent id in LVM's spelling, `xxxxxx-xxxx-xxxx-xxxx-xxxx-xxxx-xxxxxx`.
+    /// The permanent id: of an LV in LVM's spelling, `xxxxxx-xxxx-xxxx-xxxx-xxxx-xxxx-xxxxxx`; of a file the UUID that
+    /// was made with it.
     pub(crate) uuid: String,
     /// The size.
     pub(crate) size: ByteSize,

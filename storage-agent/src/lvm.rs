@@ -12,11 +12,10 @@ use tether_agent_core::command::{CommandError, CommandLine};
 use tether_agent_core::failure::{Failure, Reason};
 use tether_proto::{ByteSize, VolumeName};
 
-pub(crate) use report::{LogicalVolume, Provisioning};
+pub(crate) use report::LogicalVolume;
 use report::{parse_logical_volumes, parse_volume_group};
 
-use crate::config::Pool;
-use crate::identity::VolumeIdentity;
+use crate::identity::{Provisioning, VolumeIdentity};
 
 /// The tag on every LV that we make; only those are deleted.
 pub(crate) const TAG: &str = "tether";
@@ -63,6 +62,10 @@ pub(crate) struct Room {
     pub(crate) extent: u64,
     /// The largest volume that can be made now.
     pub(crate) largest: u64,
+    /// All of it.
+    pub(crate) size: u64,
+    /// What is not taken yet.
+    pub(crate) free: u64,
 }
 
 /// One pool: a volume group, or a thin pool in it.
@@ -77,12 +80,11 @@ pub(crate) struct Lvm {
 
 impl Lvm {
     /// The adapter for one pool of the config.
-    pub(crate) fn new(pool: &Pool) -> Self {
-        let Pool::Lvm { volume_group, thin_pool, devices } = pool;
+    pub(crate) fn new(volume_group: &str, thin_pool: Option<&str>, devices: &[PathBuf]) -> Self {
         Self {
-            volume_group: volume_group.clone(),
-            thin_pool: thin_pool.clone(),
-            devices: devices.clone(),
+            volume_group: volume_group.to_owned(),
+            thin_pool: thin_pool.map(str::to_owned),
+            devices: devices.to_owned(),
             device_directory: "/dev".into(),
             block_directory: "/sys/class/block".into(),
         }
@@ -123,14 +125,19 @@ impl Lvm {
         let output = self
             .tool("vgs")
             .args(["--reportformat", "json", "--units", "b", "--nosuffix"])
-            .args(["-o", "vg_extent_size,vg_free"])
+            .args(["-o", "vg_extent_size,vg_size,vg_free"])
             .arg(&self.volume_group)
             .run()
             .await
             .map_err(LvmError::from)?;
         let group = parse_volume_group(&output.stdout).map_err(LvmError::Report)?;
         let Some(thin_pool) = &self.thin_pool else {
-            return Ok(Room { extent: group.extent, largest: group.free });
+            return Ok(Room {
+                extent: group.extent,
+                largest: group.free,
+                size: group.size,
+                free: group.free,
+            });
         };
         let lvs = self.report().await?;
         let Some(pool) = lvs.iter().find(|lv| lv.is_pool && lv.name == *thin_pool) else {
@@ -148,7 +155,8 @@ impl Lvm {
             )
             .next(format!("lvchange --zero y {place}")));
         }
-        Ok(Room { extent: group.extent, largest: pool.size.bytes() })
+        let size = pool.size.bytes();
+        Ok(Room { extent: group.extent, largest: size, size, free: size.saturating_sub(pool.taken) })
     }
 
     /// Makes an LV with our tag. `size` is a multiple of the extent. Its content is whatever was there before when
@@ -169,6 +177,14 @@ impl Lvm {
     /// Gives an LV another name.
     pub(crate) async fn rename(&self, from: &str, to: &str) -> Result<(), LvmError> {
         self.tool("lvrename").arg(&self.volume_group).args([from, to]).never_kill().run().await?;
+        Ok(())
+    }
+
+    /// Makes an LV larger. `size` is a multiple of the extent. What the new part of a thick LV holds is whatever was there
+    /// before.
+    pub(crate) async fn extend(&self, name: &str, size: ByteSize) -> Result<(), LvmError> {
+        let tool = self.tool("lvextend").args(["--yes", "--quiet", "--size", &format!("{}b", size.bytes())]);
+        tool.arg(self.place(name)).never_kill().run().await?;
         Ok(())
     }
 
@@ -227,7 +243,7 @@ impl Lvm {
         let output = self
             .tool("lvs")
             .args(["--reportformat", "json", "--units", "b", "--nosuffix"])
-            .args(["-o", "lv_name,lv_uuid,lv_size,lv_tags,lv_attr,pool_lv"])
+            .args(["-o", "lv_name,lv_uuid,lv_size,lv_tags,lv_attr,pool_lv,data_percent"])
             .arg(&self.volume_group)
             .run()
             .await?;
@@ -301,9 +317,8 @@ mod tests {
         for (file, text) in [("dm/name", name), ("dm/uuid", uuid), ("size", "8192")] {
             std::fs::write(block.join("dm-3").join(file), format!("{text}\n")).unwrap();
         }
-        let pool =
-            Pool::Lvm { volume_group: "vg-0".into(), thin_pool: None, devices: vec!["/dev/sdb".into()] };
-        let lvm = Lvm { device_directory: dev, block_directory: block, ..Lvm::new(&pool) };
+        let lvm = Lvm::new("vg-0", None, &["/dev/sdb".into()]);
+        let lvm = Lvm { device_directory: dev, block_directory: block, ..lvm };
         (root, lvm)
     }
 

@@ -1,12 +1,17 @@
 //! `tether-storage-agent`: makes volumes and exports them. Arguments, config and exit code; the work is in the modules.
 
+mod addresses;
 mod claims;
 mod config;
+mod directory;
 mod export;
 mod identity;
 mod lvm;
+mod nfs;
+mod pool;
 mod record;
 mod service;
+mod space;
 mod target;
 mod volume;
 
@@ -21,8 +26,9 @@ fn main() -> ExitCode {
         "tether-storage-agent",
         "/etc/tether/storage-agent.toml",
         |config: config::Config, shutdown| async {
-            let exports = Arc::new(export::Exports::open(&config).await?);
-            let volumes = Arc::new(volume::Volumes::new(&config, exports.claims()));
+            let pools = pool::Pools::open(&config).await?;
+            let exports = Arc::new(export::Exports::open(&config, pools.clone()).await?);
+            let volumes = Arc::new(volume::Volumes::new(pools, exports.claims()));
             let operations = vec![exports.operations().clone(), volumes.operations().clone()];
             let service = service::Service::new(exports, volumes, shutdown);
             let routes = services::with_health_and_reflection(StorageAgentServer::new(service)).await?;

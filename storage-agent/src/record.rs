@@ -1,19 +1,14 @@
 //! What the journal holds of an export: how a record is made, and whether a later call may go on with it. Not here:
 //! what is done with it (`export`).
 
-use std::collections::HashSet;
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use tether_agent_core::failure::{Failure, Reason};
-use tether_proto::{
-    AccessMode, AttachmentId, ConnectionInfo, Connector, IscsiConnection, Portal, Secret, VolumeKey,
-};
+use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, Connector, Transport, VolumeKey};
 
-use crate::config::Iscsi;
 use crate::identity::VolumeIdentity;
-use crate::target::lio::{PORTAL_GROUP_TAG, Target};
-use crate::volume;
 
 /// Where an export is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,43 +52,34 @@ pub(crate) struct ExportRecord {
 pub(crate) struct Export {
     /// The volume.
     pub(crate) volume: VolumeKey,
-    /// The device node that is exported.
+    /// The device node or file that is exported.
     pub(crate) device: String,
-    /// The SCSI unit serial.
+    /// The SCSI unit serial, which a file has too: it stands for the volume's permanent id.
     pub(crate) unit_serial: String,
-    /// The one that may log in.
+    /// The one that may reach it.
     pub(crate) connector: Connector,
     /// The answer to Export, with the secret.
     pub(crate) connection: ConnectionInfo,
+    /// With whom the file's directory is shared; nothing for a target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) share: Option<Clients>,
+}
+
+/// With whom a directory is shared, and who they are there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Clients {
+    /// The connector's addresses, each with a line of its own.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// The owner of the pool's files, whom every client is.
+    pub(crate) owner_uid: u32,
+    /// Their group.
+    pub(crate) owner_gid: u32,
 }
 
 impl ExportRecord {
-    /// The record of a new export, with a new secret.
-    pub(crate) fn new(
-        id: AttachmentId,
-        iscsi: &Iscsi,
-        device: String,
-        volume: &VolumeKey,
-        identity: &VolumeIdentity,
-        connector: Connector,
-        access_mode: AccessMode,
-    ) -> Result<Self, Failure> {
-        let connection = ConnectionInfo {
-            iscsi: IscsiConnection {
-                target_iqn: format!("{}:{id}", iscsi.iqn_prefix).parse()?,
-                portals: portals_here(&iscsi.portals)?,
-                target_portal_group_tag: PORTAL_GROUP_TAG,
-                chap_username: format!("tether-{id}"),
-                chap_secret: random_secret()?,
-                wwn: identity.wwn(),
-            },
-            size: identity.size,
-            access_mode,
-            serial: identity.serial(),
-        };
-        let unit_serial = identity.unit_serial();
-        let export = Export { volume: volume.clone(), device, unit_serial, connector, connection };
-        Ok(Self { id, phase: Phase::Exporting, export: Some(export) })
+    /// The record of a new export.
+    pub(crate) fn new(id: AttachmentId, export: Export) -> Self {
+        Self { id, phase: Phase::Exporting, export: Some(export) }
     }
 
     /// What is left when an export has ended: the id, which is spent.
@@ -133,9 +119,25 @@ impl ExportRecord {
 }
 
 impl Export {
-    /// Where the volume is, `VG/LV`: what claims go by.
-    pub(crate) fn place(&self) -> &str {
-        self.device.strip_prefix("/dev/").unwrap_or(&self.device)
+    /// Where the volume is: what claims go by (`Pool::place`).
+    pub(crate) fn place(&self) -> String {
+        match &self.connection.transport {
+            Transport::Iscsi(_) => self.device.strip_prefix("/dev/").unwrap_or(&self.device).to_owned(),
+            Transport::Nfs(nfs) => format!("{}/{}", nfs.path, self.volume.volume),
+        }
+    }
+
+    /// The file that is exported; nothing for a target.
+    pub(crate) fn file(&self) -> Option<PathBuf> {
+        match &self.connection.transport {
+            Transport::Iscsi(_) => None,
+            Transport::Nfs(nfs) => Some(PathBuf::from(nfs.path.as_str()).join(nfs.file.as_str())),
+        }
+    }
+
+    /// With whom the file's directory is shared.
+    pub(crate) fn client_addresses(&self) -> &[IpAddr] {
+        self.share.as_ref().map_or(&[], |clients| &clients.addresses)
     }
 
     /// Is the volume of that name still the one that was exported? One that was deleted and made again under the same
@@ -148,23 +150,6 @@ impl Export {
             Reason::WrongDevice,
             format!("volume {} is another one than attachment {id} was exported with", self.volume),
         ))
-    }
-
-    /// What the kernel's target is to be.
-    pub(crate) fn target(&self, id: AttachmentId) -> Target {
-        let iscsi = &self.connection.iscsi;
-        Target {
-            id,
-            iqn: iscsi.target_iqn.clone(),
-            device: self.device.clone(),
-            unit_serial: self.unit_serial.clone(),
-            initiator: self.connector.initiator_iqn.clone(),
-            chap_username: iscsi.chap_username.clone(),
-            chap_secret: iscsi.chap_secret.clone(),
-            portals: iscsi.portals.clone(),
-            access_mode: self.connection.access_mode,
-            discard: volume::takes_discards(&self.device),
-        }
     }
 
     /// Says which parameter of a repeated call is not the first call's.
@@ -196,51 +181,22 @@ impl Export {
     }
 }
 
-/// Those portals whose address this host has now. LIO binds to any address (IP_FREEBIND), so it would not say that
-/// nobody can reach the others.
-fn portals_here(portals: &[Portal]) -> Result<Vec<Portal>, Failure> {
-    let addresses: HashSet<IpAddr> = nix::ifaddrs::getifaddrs()
-        .map_err(|error| {
-            Failure::new(Reason::Internal, format!("this host's addresses cannot be read: {error}"))
-        })?
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
-        })
-        .collect();
-    let (here, elsewhere): (Vec<Portal>, Vec<Portal>) =
-        portals.iter().partition(|portal| addresses.contains(&portal.address()));
-    let list = elsewhere.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    if here.is_empty() {
-        let problem = format!("this host has none of the addresses of its portals: {list}");
-        return Err(Failure::new(Reason::PortalUnavailable, problem).at("validate"));
-    }
-    if !elsewhere.is_empty() {
-        tracing::warn!(portals = %list, "this host does not have these addresses now: left out of the export");
-    }
-    Ok(here)
-}
-
-/// 32 characters of a 32-letter alphabet from the kernel's random numbers: 160 bits. No capitals: LIO takes a secret that
-/// begins with `NULL` for none (`iscsi_nacl_auth` in the kernel's iscsi_target_configfs.c).
-fn random_secret() -> Result<Secret, Failure> {
-    const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
-    let mut bytes = [0u8; 32];
-    getrandom::fill(&mut bytes)
-        .map_err(|error| Failure::new(Reason::Internal, format!("no random numbers: {error}")))?;
-    let text: String = bytes.iter().map(|byte| char::from(ALPHABET[usize::from(byte % 32)])).collect();
-    Ok(Secret::new(text)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// As agents wrote it that knew iSCSI alone.
     #[test]
-    fn f43_secrets_are_long_and_never_the_same() {
-        let (one, two) = (random_secret().unwrap(), random_secret().unwrap());
-        assert_eq!(one.expose().len(), 32);
-        assert_ne!(one, two);
+    fn an_older_record_is_still_read_and_claims_the_same_place() {
+        let text = r#"{"id":"11111111-1111-4111-8111-111111111111","phase":"exported","export":{
+            "volume":{"pool":"thick","volume":"a"},"device":"/dev/vg0/a","unit_serial":"0123",
+            "connector":{"hostname":"c","initiator_iqn":"iqn.2026-11.io.example:c","addresses":[],"versions":{}},
+            "connection":{"iscsi":{"target_iqn":"iqn.2026-11.io.example:x","portals":["10.0.0.1:3260"],
+            "target_portal_group_tag":1,"chap_username":"u","chap_secret":"secret-secret",
+            "wwn":"60014050000000000000000000000001"},"size":4096,"access_mode":"read-write","serial":"s"}}}"#;
+        let record: ExportRecord = serde_json::from_str(text).unwrap();
+        let export = record.export.unwrap();
+        assert_eq!((export.place().as_str(), export.file()), ("vg0/a", None));
+        assert!(export.client_addresses().is_empty());
     }
 }

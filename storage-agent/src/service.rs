@@ -6,13 +6,13 @@ use tether_agent_core::failure::Failure;
 use tether_agent_core::operations::Operations;
 use tether_agent_core::services::{StepStream, step_stream};
 use tether_proto::wire::storage_agent_server::StorageAgent;
-use tether_proto::{AccessMode, AttachmentId, Connector, ParseError, VolumeKey, wire};
+use tether_proto::{AccessMode, AttachmentId, ByteSize, Connector, ParseError, Transport, VolumeKey, wire};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::export::{ExportView, Exports};
-use crate::lvm::Provisioning;
-use crate::volume::{VolumeView, Volumes};
+use crate::identity::Provisioning;
+use crate::volume::{PoolView, VolumeView, Volumes, Wanted};
 
 /// The gRPC service.
 pub(crate) struct Service {
@@ -32,6 +32,20 @@ fn key(pool: &str, volume: &str) -> Result<VolumeKey, Failure> {
     Ok(VolumeKey { pool: pool.parse()?, volume: volume.parse()? })
 }
 
+/// What a new volume is to be; provisioning that is not said is the pool's.
+fn wanted(request: &wire::CreateVolumeRequest) -> Result<Wanted, ParseError> {
+    let provisioning = match wire::Provisioning::try_from(request.provisioning) {
+        Ok(wire::Provisioning::Unspecified) => None,
+        Ok(wire::Provisioning::Thick) => Some(Provisioning::Thick),
+        Ok(wire::Provisioning::Thin) => Some(Provisioning::Thin),
+        Err(_) => {
+            let problem = "must be PROVISIONING_THICK or PROVISIONING_THIN";
+            return Err(ParseError::new("provisioning", problem, &request.provisioning.to_string()));
+        }
+    };
+    Ok(Wanted { size: request.size_bytes.try_into()?, format: request.format.try_into()?, provisioning })
+}
+
 fn attachment_id(text: &str) -> Result<AttachmentId, Failure> {
     Ok(text.parse()?)
 }
@@ -43,8 +57,8 @@ impl StorageAgent for Service {
         request: Request<wire::CreateVolumeRequest>,
     ) -> Result<Response<wire::CreateVolumeResponse>, Status> {
         let request = request.into_inner();
-        let size = request.size_bytes.try_into().map_err(Failure::from)?;
-        let (volume, report) = self.volumes.create(key(&request.pool, &request.volume)?, size).await?;
+        let wanted = wanted(&request).map_err(Failure::from)?;
+        let (volume, report) = self.volumes.create(key(&request.pool, &request.volume)?, wanted).await?;
         Ok(Response::new(wire::CreateVolumeResponse { volume: Some(volume.into()), report: Some(report) }))
     }
 
@@ -55,6 +69,16 @@ impl StorageAgent for Service {
         let request = request.into_inner();
         let report = self.volumes.delete(key(&request.pool, &request.volume)?).await?;
         Ok(Response::new(wire::DeleteVolumeResponse { report: Some(report) }))
+    }
+
+    async fn extend_volume(
+        &self,
+        request: Request<wire::ExtendVolumeRequest>,
+    ) -> Result<Response<wire::ExtendVolumeResponse>, Status> {
+        let request = request.into_inner();
+        let size = ByteSize::try_from(request.size_bytes).map_err(Failure::from)?;
+        let (volume, report) = self.volumes.extend(key(&request.pool, &request.volume)?, size).await?;
+        Ok(Response::new(wire::ExtendVolumeResponse { volume: Some(volume.into()), report: Some(report) }))
     }
 
     async fn get_volume(
@@ -76,6 +100,14 @@ impl StorageAgent for Service {
         };
         let volumes = self.volumes.list(pool.as_ref()).await?.into_iter().map(Into::into).collect();
         Ok(Response::new(wire::ListVolumesResponse { volumes }))
+    }
+
+    async fn list_pools(
+        &self,
+        _request: Request<wire::ListPoolsRequest>,
+    ) -> Result<Response<wire::ListPoolsResponse>, Status> {
+        let pools = self.volumes.list_pools().await.into_iter().map(Into::into).collect();
+        Ok(Response::new(wire::ListPoolsResponse { pools }))
     }
 
     async fn export(
@@ -116,7 +148,7 @@ impl StorageAgent for Service {
         &self,
         _request: Request<wire::ListExportsRequest>,
     ) -> Result<Response<wire::ListExportsResponse>, Status> {
-        let exports = self.exports.list().await?.into_iter().map(Into::into).collect();
+        let exports = self.exports.list().await.into_iter().map(Into::into).collect();
         Ok(Response::new(wire::ListExportsResponse { exports }))
     }
 
@@ -149,12 +181,36 @@ impl From<VolumeView> for wire::Volume {
             pool: view.key.pool.to_string(),
             volume: view.key.volume.to_string(),
             size_bytes: view.identity.size.bytes(),
-            wwn: view.identity.wwn().to_string(),
+            // Nothing answers to a WWN over NFS.
+            wwn: match view.transport {
+                wire::Transport::Nfs => String::new(),
+                _ => view.identity.wwn().to_string(),
+            },
             serial: view.identity.serial().to_string(),
             uuid: view.identity.uuid,
             provisioning: provisioning.into(),
             created_by_tether: view.ours,
             exported_for: view.exported_for.map(|id| id.to_string()).unwrap_or_default(),
+            format: wire::VolumeFormat::from(view.format).into(),
+            transport: view.transport.into(),
+        }
+    }
+}
+
+impl From<PoolView> for wire::Pool {
+    fn from(view: PoolView) -> Self {
+        let pool = Self { pool: view.name.to_string(), transport: view.transport.into(), ..Self::default() };
+        match view.room {
+            Ok(room) => Self {
+                size_bytes: room.size,
+                free_bytes: room.free,
+                provisioned_bytes: room.provisioned,
+                ..pool
+            },
+            Err(failure) => {
+                let next = failure.next.iter().map(|next| format!("; {next}"));
+                Self { problem: failure.to_string() + &next.collect::<String>(), ..pool }
+            }
         }
     }
 }
@@ -169,12 +225,20 @@ impl From<ExportView> for wire::ExportStatus {
             ..Self::default()
         };
         let Some(export) = view.export else { return status };
+        let transport = &export.connection.transport;
+        let file_path = export.file().map(|path| path.display().to_string()).unwrap_or_default();
         Self {
             pool: export.volume.pool.to_string(),
             volume: export.volume.volume.to_string(),
-            hostname: export.connector.hostname,
+            hostname: export.connector.hostname.clone(),
             initiator_iqn: export.connector.initiator_iqn.to_string(),
-            target_iqn: export.connection.iscsi.target_iqn.to_string(),
+            target_iqn: match transport {
+                Transport::Iscsi(iscsi) => iscsi.target_iqn.to_string(),
+                Transport::Nfs(_) => String::new(),
+            },
+            transport: wire::Transport::from(transport).into(),
+            file_path,
+            client_addresses: export.client_addresses().iter().map(ToString::to_string).collect(),
             access_mode: wire::AccessMode::from(export.connection.access_mode).into(),
             ..status
         }

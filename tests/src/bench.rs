@@ -2,8 +2,10 @@
 //! hand, in turn in one run. Ratios, because a clock means little under emulation.
 //!
 //! The floors: for Export a shell script with the same configfs writes; for connecting a bare `iscsiadm --login`, the
-//! scan, and the wait for the disk; for the hot-plug libvirt's own call as `virsh --timing` times it. Not here: whether
-//! the result is right, that is what the tests are for.
+//! scan, and the wait for the disk; for the hot-plug libvirt's own call as `virsh --timing` times it; for a file over NFS
+//! a bare `mount` and that call (see `share`). Not here: whether the result is right, that is what the tests are for.
+
+mod share;
 
 use std::time::Duration;
 
@@ -15,7 +17,7 @@ use uuid::Uuid;
 use crate::host::Host;
 use crate::lab::{Lab, Options, State};
 use crate::progress::say;
-use crate::tether::Tether;
+use crate::tether::{SHARE_POOL, THICK_POOL, Tether};
 
 /// The volume that is measured with.
 const VOLUME: &str = "bench";
@@ -93,6 +95,7 @@ struct Times {
     export: (f64, f64),
     connect: (f64, f64),
     plug: (f64, f64),
+    share: (f64, f64),
 }
 
 /// Measures in a lab of its own, which is gone afterwards.
@@ -108,7 +111,9 @@ pub async fn run(rounds: usize) -> anyhow::Result<Results> {
         resident(&lab.storage, "tether-storage-agent", 8.0).await?,
         resident(&lab.compute, "tether-compute-agent", 26.0).await?,
     ];
-    tether.json(&["volume", "create", &format!("thick/{VOLUME}"), "64M"]).await?;
+    for pool in [THICK_POOL, SHARE_POOL] {
+        tether.json(&["volume", "create", &format!("{pool}/{VOLUME}"), "64M"]).await?;
+    }
     let bench = Bench { lab, tether };
     // The first pays for what is started and loaded once: iscsid, the connection to libvirt.
     bench.round().await?;
@@ -133,6 +138,7 @@ pub async fn run(rounds: usize) -> anyhow::Result<Results> {
         comparison("Export of a volume that is there", 1.5, |t| t.export),
         comparison("connect until verified", 1.5, |t| t.connect),
         comparison("hot-plug with plan and read-back", 1.3, |t| t.plug),
+        comparison("attach over NFS, mount included", 1.3, |t| t.share),
     ];
     Ok(Results { rounds, comparisons, memory })
 }
@@ -146,20 +152,7 @@ impl Bench {
     async fn round(&self) -> anyhow::Result<Times> {
         let mut times = Times::default();
         times.export.1 = timed(&self.lab.storage, &export_by_hand()).await?;
-
-        let (mut storage, mut compute) = (self.tether.storage().await?, self.tether.compute().await?);
-        let connector = compute.get_connector(wire::GetConnectorRequest {}).await?.into_inner();
-        let attachment_id = Uuid::new_v4().to_string();
-        let exported = storage
-            .export(wire::ExportRequest {
-                attachment_id: attachment_id.clone(),
-                pool: "thick".into(),
-                volume: VOLUME.into(),
-                connector: Some(connector),
-                access_mode: wire::AccessMode::ReadWrite.into(),
-            })
-            .await?
-            .into_inner();
+        let (attachment_id, exported) = self.export(THICK_POOL).await?;
         times.export.0 = milliseconds(exported.report.context("no report")?.total_microseconds);
         let info = exported.connection_info.context("no connection info")?;
         let Some(wire::connection_info::Transport::Iscsi(iscsi)) = &info.transport else {
@@ -169,19 +162,15 @@ impl Bench {
         // By hand first, on the very target that Tether then uses.
         self.lab.compute.put(node_record(iscsi), &record_path(iscsi), 0o600).await?;
         times.connect.1 = timed(&self.lab.compute, &connect_by_hand(iscsi)).await?;
-        let element = format!(
-            "<disk type='block' device='disk'><driver name='qemu' type='raw' cache='none' io='native' discard='unmap'/>\
-             <source dev='/dev/disk/by-id/wwn-0x{}'/><target dev='vda' bus='virtio'/><serial>bench</serial></disk>",
-            iscsi.wwn
-        );
-        self.lab.compute.put(element, "/run/bench.xml", 0o644).await?;
         self.lab.compute.run("udevadm settle").await?;
-        let plugged = "virsh --timing attach-device c2 /run/bench.xml --live --config";
-        times.plug.1 = virsh_time(&self.lab.compute.run(plugged).await?)?;
-        let guest = self.lab.guest("c2")?;
-        guest.wait_disk("bench", DETACH).await?;
-        self.lab.compute.run("virsh -q detach-device c2 /run/bench.xml --live --config").await?;
-        guest.wait_gone("bench", DETACH).await?;
+        times.plug.1 = self
+            .plug_by_hand(&format!(
+                "<disk type='block' device='disk'>\
+                 <driver name='qemu' type='raw' cache='none' io='native' discard='unmap'/>\
+                 <source dev='/dev/disk/by-id/wwn-0x{}'/><target dev='vda' bus='virtio'/><serial>bench</serial></disk>",
+                iscsi.wwn
+            ))
+            .await?;
         let target = &iscsi.target_iqn;
         self.lab
             .compute
@@ -190,28 +179,61 @@ impl Bench {
             ))
             .await?;
 
-        let serial = info.serial.clone();
-        let attached = compute
-            .attach(wire::AttachRequest {
-                attachment_id: attachment_id.clone(),
-                domain: "c2".into(),
-                connection_info: Some(info),
-                disk: None,
-            })
-            .await?
-            .into_inner();
-        let steps = attached.report.context("no report")?.steps;
+        let steps = self.attach_and_detach(attachment_id, info).await?;
         times.connect.0 = span(&steps, "probe-portals", "verify-device")?;
         times.plug.0 = span(&steps, "wait-turn", "verify-domain")?;
-        guest.wait_disk(&serial, DETACH).await?;
-        compute
-            .detach(wire::DetachRequest {
-                attachment_id: attachment_id.clone(),
-                guest_deadline_milliseconds: 0,
-            })
-            .await?;
-        storage.unexport(wire::UnexportRequest { attachment_id }).await?;
+        times.share = self.share().await?;
         Ok(times)
+    }
+
+    /// Exports the pool's volume to the compute host under a new id.
+    async fn export(&self, pool: &str) -> anyhow::Result<(String, wire::ExportResponse)> {
+        let mut compute = self.tether.compute().await?;
+        let connector = compute.get_connector(wire::GetConnectorRequest {}).await?.into_inner();
+        let attachment_id = Uuid::new_v4().to_string();
+        let request = wire::ExportRequest {
+            attachment_id: attachment_id.clone(),
+            pool: pool.into(),
+            volume: VOLUME.into(),
+            connector: Some(connector),
+            access_mode: wire::AccessMode::ReadWrite.into(),
+        };
+        Ok((attachment_id, self.tether.storage().await?.export(request).await?.into_inner()))
+    }
+
+    /// Plugs a disk with the serial `bench` in and out by virsh, and gives libvirt's own time for the way in.
+    async fn plug_by_hand(&self, element: &str) -> anyhow::Result<f64> {
+        let (compute, guest) = (&self.lab.compute, self.lab.guest("c2")?);
+        compute.put(element, "/run/bench.xml", 0o644).await?;
+        let plugged = "virsh --timing attach-device c2 /run/bench.xml --live --config";
+        let time = virsh_time(&compute.run(plugged).await?)?;
+        guest.wait_disk("bench", DETACH).await?;
+        compute.run("virsh -q detach-device c2 /run/bench.xml --live --config").await?;
+        guest.wait_gone("bench", DETACH).await?;
+        Ok(time)
+    }
+
+    /// Has Tether attach what was exported, gives the steps of that, and takes all away again.
+    async fn attach_and_detach(
+        &self,
+        attachment_id: String,
+        info: wire::ConnectionInfo,
+    ) -> anyhow::Result<Vec<wire::StepTiming>> {
+        let (mut storage, mut compute) = (self.tether.storage().await?, self.tether.compute().await?);
+        let serial = info.serial.clone();
+        let request = wire::AttachRequest {
+            attachment_id: attachment_id.clone(),
+            domain: "c2".into(),
+            connection_info: Some(info),
+            disk: None,
+        };
+        let report = compute.attach(request).await?.into_inner().report;
+        self.lab.guest("c2")?.wait_disk(&serial, DETACH).await?;
+        let request =
+            wire::DetachRequest { attachment_id: attachment_id.clone(), guest_deadline_milliseconds: 0 };
+        compute.detach(request).await?;
+        storage.unexport(wire::UnexportRequest { attachment_id }).await?;
+        Ok(report.context("no report")?.steps)
     }
 }
 

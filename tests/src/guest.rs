@@ -145,12 +145,46 @@ impl Guest {
         Ok(())
     }
 
+    /// Waits until the guest's kernel says that the disk with this serial has this size in bytes.
+    ///
+    /// # Errors
+    /// When it does not in time; the error says what it sees.
+    pub async fn wait_size(&self, serial: &str, size: u64, deadline: Duration) -> anyhow::Result<()> {
+        let began = Instant::now();
+        loop {
+            let disk = self.disks().await?.into_iter().find(|d| d.serial == serial);
+            if disk.as_ref().is_some_and(|d| d.size == size) {
+                return Ok(());
+            }
+            if began.elapsed() >= deadline {
+                bail!("guest {} sees {disk:?} and no size of {size}", self.name);
+            }
+            pause(LOOK_AGAIN).await;
+        }
+    }
+
     /// Writes [`pattern`] of `seed` to the start of a disk, from inside the guest, down to the storage.
     ///
     /// # Errors
     /// When the guest says so; `bytes` must be a multiple of 512.
     pub async fn write(&self, disk: &Disk, seed: &str, bytes: u64) -> anyhow::Result<()> {
         self.command(&format!("write {} {seed} {bytes}", disk.name)).await.map(drop)
+    }
+
+    /// [`Guest::write`] from this offset on, a multiple of 512.
+    ///
+    /// # Errors
+    /// When the guest says so.
+    pub async fn write_at(&self, disk: &Disk, seed: &str, bytes: u64, offset: u64) -> anyhow::Result<()> {
+        self.command(&format!("write {} {seed} {bytes} {offset}", disk.name)).await.map(drop)
+    }
+
+    /// [`Guest::checksum`] of a part.
+    ///
+    /// # Errors
+    /// When the guest says so.
+    pub async fn checksum_at(&self, disk: &Disk, bytes: u64, offset: u64) -> anyhow::Result<String> {
+        self.command(&format!("checksum {} {bytes} {offset}", disk.name)).await
     }
 
     /// SHA-256 of the first bytes of a disk in hexadecimal, read by the guest from the storage.

@@ -21,6 +21,12 @@ use crate::lab::Lab;
 pub const THICK_POOL: &str = "thick";
 /// The thin pool in the lab: `tether/thinpool`.
 pub const THIN_POOL: &str = "thin";
+/// The pool of files in the lab: the directory [`SHARE`].
+pub const SHARE_POOL: &str = "share";
+/// The directory of that pool on `storage`, a file system of its own.
+pub const SHARE: &str = "/srv/share";
+/// Where the compute agent mounts shares.
+pub const MOUNTS: &str = "/var/lib/tether/compute-agent/mnt";
 /// What the targets' names begin with.
 pub const IQN_PREFIX: &str = "iqn.2026-11.internal.tether.lab:storage";
 /// The file on a host that says at which step an agent built for tests is to fail.
@@ -256,6 +262,10 @@ ca = "/etc/tether/pki/ca.crt"
 portals = ["10.99.0.1:3260", "[fd99::1]:3260"]
 iqn_prefix = "{IQN_PREFIX}"
 
+[nfs]
+servers = ["10.99.0.1", "fd99::1"]
+client_networks = ["10.99.0.0/24", "fd99::/64"]
+
 [pool.{THICK_POOL}]
 kind = "lvm"
 volume_group = "tether"
@@ -266,6 +276,12 @@ kind = "lvm"
 volume_group = "tether"
 thin_pool = "thinpool"
 devices = ["/dev/vdb"]
+
+[pool.{SHARE_POOL}]
+kind = "directory"
+path = "{SHARE}"
+owner_uid = 64055
+owner_gid = 64055
 "#
     )
 }

@@ -3,15 +3,6 @@
 use serde::Deserialize;
 use tether_proto::ByteSize;
 
-/// How a volume's space is had.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Provisioning {
-    /// All at once.
-    Thick,
-    /// As it is written.
-    Thin,
-}
-
 /// A logical volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LogicalVolume {
@@ -31,6 +22,8 @@ pub(crate) struct LogicalVolume {
     pub(crate) zeroing: bool,
     /// Somebody has that device open.
     pub(crate) open: bool,
+    /// How many bytes of a thin pool are taken; 0 for anything else.
+    pub(crate) taken: u64,
 }
 
 /// What matters of a volume group, in bytes.
@@ -38,6 +31,8 @@ pub(crate) struct LogicalVolume {
 pub(crate) struct VolumeGroup {
     /// The size of an extent.
     pub(crate) extent: u64,
+    /// All of it.
+    pub(crate) size: u64,
     /// What no LV has.
     pub(crate) free: u64,
 }
@@ -60,6 +55,7 @@ struct LvRow {
     lv_tags: String,
     lv_attr: String,
     pool_lv: String,
+    data_percent: String,
 }
 
 #[derive(Deserialize)]
@@ -70,6 +66,7 @@ struct VgReport {
 #[derive(Deserialize)]
 struct VgRow {
     vg_extent_size: String,
+    vg_size: String,
     vg_free: String,
 }
 
@@ -83,11 +80,18 @@ fn logical_volume(row: LvRow) -> Result<LogicalVolume, String> {
     let size: u64 = row.lv_size.parse().map_err(|_| format!("lv_size {:?}", row.lv_size))?;
     // lvs(8), "lv_attr bits": 1 type, 6 device open, 8 zero new blocks.
     let attribute = |place: usize| row.lv_attr.as_bytes().get(place - 1).copied().unwrap_or(b'-');
+    // lvs(8): percent with two decimals, empty for what has none. LVM rounds it so that only 0 and 100 are exact.
+    let percent = match row.data_percent.as_str() {
+        "" => 0.0,
+        text => text.parse::<f64>().map_err(|_| format!("data_percent {text:?}"))?,
+    };
+    let is_pool = attribute(1) == b't';
     Ok(LogicalVolume {
+        taken: if is_pool { (size as f64 * percent / 100.0) as u64 } else { 0 },
         size: ByteSize::try_from(size).map_err(|error| error.to_string())?,
         pool: Some(row.pool_lv).filter(|pool| !pool.is_empty()),
         ours: row.lv_tags.split(',').any(|tag| tag == super::TAG),
-        is_pool: attribute(1) == b't',
+        is_pool,
         zeroing: attribute(8) == b'z',
         open: attribute(6) == b'o',
         name: row.lv_name,
@@ -101,7 +105,11 @@ pub(crate) fn parse_volume_group(json: &str) -> Result<VolumeGroup, String> {
     let row =
         reports.report.into_iter().flat_map(|report| report.vg).next().ok_or("no volume group in it")?;
     let number = |text: &str| text.parse::<u64>().map_err(|_| format!("{text:?} is no number of bytes"));
-    Ok(VolumeGroup { extent: number(&row.vg_extent_size)?, free: number(&row.vg_free)? })
+    Ok(VolumeGroup {
+        extent: number(&row.vg_extent_size)?,
+        size: number(&row.vg_size)?,
+        free: number(&row.vg_free)?,
+    })
 }
 
 #[cfg(test)]
@@ -110,9 +118,9 @@ mod tests {
 
     /// As lvs 2.03.16 prints it.
     const LVS: &str = r#"{ "report": [ { "lv": [
-        {"lv_name":"a", "lv_uuid":"Yx7c2b-uVtq-QdVN-L5lb-9zWM-ePfO-4fmkQp", "lv_size":"4194304", "lv_tags":"x,tether", "lv_attr":"-wi-ao----", "pool_lv":""},
-        {"lv_name":"t", "lv_uuid":"2x7c2b-uVtq-QdVN-L5lb-9zWM-ePfO-4fmkQp", "lv_size":"8388608", "lv_tags":"", "lv_attr":"Vwi---tz--", "pool_lv":"thinpool"},
-        {"lv_name":"thinpool", "lv_uuid":"3x7c2b-uVtq-QdVN-L5lb-9zWM-ePfO-4fmkQp", "lv_size":"2147483648", "lv_tags":"tether2", "lv_attr":"twi-aotz--", "pool_lv":""}
+        {"lv_name":"a", "lv_uuid":"Yx7c2b-uVtq-QdVN-L5lb-9zWM-ePfO-4fmkQp", "lv_size":"4194304", "lv_tags":"x,tether", "lv_attr":"-wi-ao----", "pool_lv":"", "data_percent":""},
+        {"lv_name":"t", "lv_uuid":"2x7c2b-uVtq-QdVN-L5lb-9zWM-ePfO-4fmkQp", "lv_size":"8388608", "lv_tags":"", "lv_attr":"Vwi---tz--", "pool_lv":"thinpool", "data_percent":"50.00"},
+        {"lv_name":"thinpool", "lv_uuid":"3x7c2b-uVtq-QdVN-L5lb-9zWM-ePfO-4fmkQp", "lv_size":"2147483648", "lv_tags":"tether2", "lv_attr":"twi-aotz--", "pool_lv":"", "data_percent":"12.50"}
     ] } ] }"#;
 
     #[test]
@@ -125,12 +133,16 @@ mod tests {
         );
         assert_eq!(lvs[1].pool.as_deref(), Some("thinpool"));
         assert!(lvs[2].zeroing && lvs[0].size.bytes() == 4_194_304);
+        assert_eq!(lvs.iter().map(|lv| lv.taken).collect::<Vec<_>>(), [0, 0, 268_435_456]);
     }
 
     #[test]
     fn a_report_of_vgs_is_understood() {
-        let json = r#"{"report":[{"vg":[{"vg_extent_size":"4194304","vg_free":"0"}]}]}"#;
-        assert_eq!(parse_volume_group(json).unwrap(), VolumeGroup { extent: 4_194_304, free: 0 });
+        let json = r#"{"report":[{"vg":[{"vg_extent_size":"4194304","vg_size":"8388608","vg_free":"0"}]}]}"#;
+        assert_eq!(
+            parse_volume_group(json).unwrap(),
+            VolumeGroup { extent: 4_194_304, size: 8_388_608, free: 0 }
+        );
     }
 
     #[test]

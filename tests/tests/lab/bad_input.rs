@@ -6,15 +6,15 @@ use tonic::{Code, Status};
 use crate::{Fixture, attach_with, export, iscsi, new_id, reason, unexport};
 
 /// All that a call could have left behind on the hosts.
-async fn traces(fixture: &Fixture) -> String {
-    let storage = "find /sys/kernel/config/target/iscsi /var/lib/tether -mindepth 1 -maxdepth 2 | sort; lvs --noheadings -o lv_name tether";
-    let compute = "find /etc/iscsi/nodes /var/lib/tether /sys/class/iscsi_session -mindepth 1 | sort; virsh -q dumpxml c2";
+pub(crate) async fn traces(fixture: &Fixture) -> String {
+    let storage = "find /sys/kernel/config/target/iscsi -mindepth 1 -maxdepth 2 | sort; find /var/lib/tether | sort; ls -lR /srv /etc/exports.d /run/tether; cat /var/lib/nfs/etab; lvs --noheadings -o lv_name tether";
+    let compute = "find /etc/iscsi/nodes /var/lib/tether /sys/class/iscsi_session -mindepth 1 | sort; grep nfs /proc/self/mountinfo; virsh -q dumpxml c2";
     let (storage, compute) = tokio::join!(fixture.lab.storage.run(storage), fixture.lab.compute.run(compute));
     format!("{}{}", storage.unwrap(), compute.unwrap())
 }
 
 /// The call fails as it should, and says what is wrong and what to do.
-fn refused<T: std::fmt::Debug>(what: &str, outcome: Result<T, Status>, code: Code, wanted: &str) {
+pub(crate) fn refused<T: std::fmt::Debug>(what: &str, outcome: Result<T, Status>, code: Code, wanted: &str) {
     let status = outcome.expect_err(what);
     let (reason, step, next) = reason(&status);
     assert_eq!((status.code(), reason.as_str()), (code, wanted), "{what}: {status:?}");
@@ -22,7 +22,7 @@ fn refused<T: std::fmt::Debug>(what: &str, outcome: Result<T, Status>, code: Cod
     assert!(!status.message().is_empty() && !status.message().contains('\u{1b}'), "{what}");
 }
 
-const NAMES: [&str; 8] = ["", "a/b", "..", "a b", "a\nb", "a\u{1b}[31m", "-rf", "ü"];
+pub(crate) const NAMES: [&str; 8] = ["", "a/b", "..", "a b", "a\nb", "a\u{1b}[31m", "-rf", "ü"];
 
 #[tokio::test]
 #[ignore = "lab"]
@@ -35,6 +35,7 @@ async fn the_storage_agent_refuses_nonsense_before_any_side_effect() {
         pool: pool.into(),
         volume: volume.into(),
         size_bytes,
+        ..Default::default()
     };
     for name in NAMES.into_iter().chain([long.as_str(), "snapshot1", "tether-unwiped-x"]) {
         let outcome = storage.create_volume(create("thick", name, 1 << 20)).await;

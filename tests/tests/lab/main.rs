@@ -11,22 +11,31 @@
 )]
 
 mod bad_input;
+mod extend;
 mod faults;
 mod flow;
 mod foreign;
 mod guests;
 mod identity;
+mod nfs_access;
+mod nfs_bad_input;
+mod nfs_flow;
+mod nfs_identity;
+mod nfs_mounts;
+mod nfs_pool;
+mod nfs_server;
 mod parallel;
 mod portals;
 mod repetition;
 mod security;
+mod share;
 mod surface;
 
 use std::time::Duration;
 
 use serde_json::Value;
 use tether_proto::wire;
-use tether_tests::tether::IQN_PREFIX;
+use tether_tests::tether::{IQN_PREFIX, MOUNTS, SHARE};
 use tether_tests::{Disk, Host, Lab, Options, Tether};
 use tonic::Status;
 use tonic_types::StatusExt;
@@ -48,10 +57,20 @@ impl Fixture {
         Self { lab, tether }
     }
 
-    /// Creates a volume of 16 MiB and gives its name and what is known of it.
+    /// Creates a volume of 16 MiB and gives what is known of it.
     pub(crate) async fn volume(&self, name: &str) -> Value {
-        self.tether.json(&["volume", "create", name, "16M"]).await.expect("the volume is created")["volume"]
-            .clone()
+        self.create(name, "16M", &[]).await
+    }
+
+    /// Creates a volume of this size and with these options, and gives what is known of it.
+    pub(crate) async fn create(&self, name: &str, size: &str, options: &[&str]) -> Value {
+        let arguments: Vec<&str> = ["volume", "create", name, size].iter().chain(options).copied().collect();
+        self.tether.json(&arguments).await.expect("the volume is created")["volume"].clone()
+    }
+
+    /// Detaches an attachment.
+    pub(crate) async fn detach(&self, id: &str) -> Value {
+        self.tether.json(&["detach", id]).await.expect("the volume is detached")
     }
 
     /// Attaches and gives the attachment.
@@ -70,34 +89,33 @@ impl Fixture {
         self.lab.compute.run(&format!("virsh -q dumpxml {domain} {flag}")).await.unwrap()
     }
 
-    /// Fails unless nothing of ours is left on either host: target, backstore, session, node record, SCSI disk,
-    /// domain XML.
+    /// Fails unless nothing of ours is left on either host, see [`leftovers`].
     pub(crate) async fn assert_nothing_left(&self, when: &str) {
         let left = leftovers(&self.lab).await;
         assert!(left.is_empty(), "left {when}: {left}");
     }
 }
 
-/// What of ours is on the hosts.
+/// What of ours is on the hosts: target, backstore, line of a shared directory and its file; session, node record, SCSI
+/// disk, mount, its directory, process, domain XML. Nothing here touches a mount: it may be dead.
 pub(crate) async fn leftovers(lab: &Lab) -> String {
     let storage = format!(
-        "ls -d /sys/kernel/config/target/iscsi/{IQN_PREFIX}* /sys/kernel/config/target/core/iblock_7440/* 2>/dev/null | \
-         grep -v hba_ || true"
+        "ls -d /sys/kernel/config/target/iscsi/{IQN_PREFIX}* \
+         /sys/kernel/config/target/core/iblock_7440/tether-* /etc/exports.d/tether-* 2>/dev/null; \
+         grep '^{SHARE}[[:space:]]' /var/lib/nfs/etab; true"
     );
     let compute = format!(
-        "grep -l {IQN_PREFIX} /sys/class/iscsi_session/*/targetname 2>/dev/null; ls -d /etc/iscsi/nodes/{IQN_PREFIX}* \
-         2>/dev/null; ls /dev/disk/by-id 2>/dev/null | grep wwn-0x6001405; for d in c2 c3 empty; do \
-         virsh -q dumpxml $d | grep ua-tether; virsh -q dumpxml --inactive $d | grep ua-tether; done; true"
+        "grep -l {IQN_PREFIX} /sys/class/iscsi_session/*/targetname 2>/dev/null; \
+         ls -d /etc/iscsi/nodes/{IQN_PREFIX}* 2>/dev/null; ls /dev/disk/by-id 2>/dev/null | grep wwn-0x6001405; \
+         grep ' {MOUNTS}/' /proc/self/mountinfo; shopt -s nullglob dotglob; printf '%s\\n' {MOUNTS}/*; \
+         agent=$(systemctl show -P MainPID tether-compute-agent); \
+         for process in $(cat /sys/fs/cgroup/system.slice/tether-compute-agent.service/cgroup.procs); do \
+         [ $process = $agent ] || echo process $process $(tr '\\0' ' ' </proc/$process/cmdline); done; \
+         virsh -q \"$(for d in c2 c3 empty; do echo \"dumpxml $d; dumpxml --inactive $d;\"; done)\" | grep ua-tether; \
+         true"
     );
     let (storage, compute) = tokio::join!(lab.storage.run(&storage), lab.compute.run(&compute));
-    // The HBA's own attributes are not ours to count.
-    let storage: Vec<String> = storage
-        .unwrap()
-        .lines()
-        .filter(|line| line.contains("tether-") || line.contains(IQN_PREFIX))
-        .map(str::to_owned)
-        .collect();
-    format!("{}{}", storage.join("\n"), compute.unwrap()).trim().to_owned()
+    format!("{}{}", storage.unwrap(), compute.unwrap()).trim().to_owned()
 }
 
 /// A text of the JSON, or a failure that shows all of it.
@@ -116,12 +134,26 @@ pub(crate) fn reason(status: &Status) -> (String, String, String) {
     (info.reason.clone(), of("step"), of("next"))
 }
 
-/// SHA-256 of the beginning of a volume, read on the storage host past its page cache.
+/// SHA-256 of the beginning of an LV, read on the storage host past its page cache.
 pub(crate) async fn checksum_on_storage(host: &Host, volume: &str, bytes: u64) -> String {
+    checksum_of(host, &format!("/dev/tether/{volume}"), 0, bytes).await
+}
+
+/// SHA-256 of a part of a file or device, read past the host's page cache. `start` is a multiple of 4096.
+pub(crate) async fn checksum_of(host: &Host, path: &str, start: u64, bytes: u64) -> String {
     let command = format!(
-        "dd if=/dev/tether/{volume} bs=64k iflag=direct,count_bytes count={bytes} 2>/dev/null | sha256sum"
+        "set -o pipefail; dd if={path} bs=64k iflag=direct,skip_bytes,count_bytes skip={start} count={bytes} \
+         status=none | sha256sum"
     );
     host.run(&command).await.unwrap().split_whitespace().next().unwrap_or_default().to_owned()
+}
+
+/// The one `<disk>` of an attachment in a domain's XML.
+pub(crate) fn our_disk<'a>(xml: &'a str, id: &str) -> &'a str {
+    let at = xml.find(&format!("ua-tether-{id}")).unwrap_or_else(|| panic!("no disk of {id} in {xml}"));
+    let start = xml[..at].rfind("    <disk ").expect("its beginning");
+    let end = at + xml[at..].find("</disk>\n").expect("its end") + "</disk>\n".len();
+    &xml[start..end]
 }
 
 /// A new attachment id.
@@ -166,7 +198,7 @@ pub(crate) async fn attach_with(
 pub(crate) fn iscsi(info: &mut wire::ConnectionInfo) -> &mut wire::IscsiConnection {
     match info.transport.as_mut() {
         Some(wire::connection_info::Transport::Iscsi(iscsi)) => iscsi,
-        None => panic!("no transport"),
+        other => panic!("no iSCSI in {other:?}"),
     }
 }
 

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use crate::{Fixture, attach_with, export, iscsi, new_id, reason, text, unexport};
 
 /// An address on the LAN where packets vanish: nobody answers, not even with a refusal.
-const BLACK_HOLE: &str = "10.99.0.77:3260";
+pub(crate) const BLACK_HOLE: &str = "10.99.0.77:3260";
 
-async fn make_black_hole(fixture: &Fixture) {
+pub(crate) async fn make_black_hole(fixture: &Fixture) {
     let command = "ip neigh replace 10.99.0.77 lladdr 02:00:00:00:00:77 nud permanent dev \
                    $(ip -o route get 10.99.0.1 | grep -o 'dev [^ ]*' | cut -d' ' -f2)";
     fixture.lab.compute.run(command).await.unwrap();

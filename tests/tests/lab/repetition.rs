@@ -8,30 +8,40 @@ fn outcome(report: Option<wire::OperationReport>) -> wire::Outcome {
     report.expect("a report").outcome()
 }
 
-#[tokio::test]
-#[ignore = "lab"]
-async fn f20_every_verb_twice_gives_the_same_and_changes_nothing() {
+/// `size` is what 15000000 bytes are rounded up to in a pool of this unit.
+async fn every_verb_twice(pool: &str, size: u64, unit: u64) {
+    let name = format!("{pool}/twice");
     let fixture = Fixture::new().await;
     let (mut storage, mut compute) =
         (fixture.tether.storage().await.unwrap(), fixture.tether.compute().await.unwrap());
-    let create =
-        wire::CreateVolumeRequest { pool: "thick".into(), volume: "twice".into(), size_bytes: 15_000_000 };
+    let create = wire::CreateVolumeRequest {
+        pool: pool.into(),
+        volume: "twice".into(),
+        size_bytes: 15_000_000,
+        ..Default::default()
+    };
     let first = storage.create_volume(create.clone()).await.unwrap().into_inner();
     let second = storage.create_volume(create.clone()).await.unwrap().into_inner();
     assert_eq!(first.volume, second.volume);
-    assert_eq!(first.volume.as_ref().unwrap().size_bytes, 16 << 20, "rounded up to extents");
+    assert_eq!(first.volume.as_ref().unwrap().size_bytes, size, "rounded up to the pool's unit");
     assert_eq!(
         (outcome(first.report), outcome(second.report)),
         (wire::Outcome::Created, wire::Outcome::Unchanged)
     );
     let larger = wire::CreateVolumeRequest { size_bytes: 32 << 20, ..create };
     assert_eq!(reason(&storage.create_volume(larger).await.unwrap_err()).0, "DIFFERENT_PARAMETERS");
+    let extend =
+        wire::ExtendVolumeRequest { pool: pool.into(), volume: "twice".into(), size_bytes: size + 1 };
+    let one = storage.extend_volume(extend.clone()).await.unwrap().into_inner();
+    let two = storage.extend_volume(extend).await.unwrap().into_inner();
+    assert_eq!((&one.volume, outcome(two.report)), (&two.volume, wire::Outcome::Unchanged));
+    assert_eq!(one.volume.unwrap().size_bytes, size + unit);
 
     let connector = compute.get_connector(wire::GetConnectorRequest {}).await.unwrap().into_inner();
-    let (id, _) = export(&fixture, "thick/twice").await;
+    let (id, _) = export(&fixture, &name).await;
     let again = wire::ExportRequest {
         attachment_id: id.clone(),
-        pool: "thick".into(),
+        pool: pool.into(),
         volume: "twice".into(),
         connector: Some(connector.clone()),
         access_mode: wire::AccessMode::ReadWrite.into(),
@@ -71,7 +81,7 @@ async fn f20_every_verb_twice_gives_the_same_and_changes_nothing() {
     assert_eq!(reason(&attach_with(&fixture, &id, "c2", info).await.unwrap_err()).0, "ATTACHMENT_ENDED");
     assert_eq!(reason(&storage.export(again).await.unwrap_err()).0, "ATTACHMENT_ENDED");
 
-    let delete = wire::DeleteVolumeRequest { pool: "thick".into(), volume: "twice".into() };
+    let delete = wire::DeleteVolumeRequest { pool: pool.into(), volume: "twice".into() };
     let one = storage.delete_volume(delete.clone()).await.unwrap().into_inner();
     let two = storage.delete_volume(delete).await.unwrap().into_inner();
     assert_eq!(
@@ -79,6 +89,18 @@ async fn f20_every_verb_twice_gives_the_same_and_changes_nothing() {
         (wire::Outcome::Removed, wire::Outcome::Unchanged)
     );
     fixture.assert_nothing_left("at the end").await;
+}
+
+#[tokio::test]
+#[ignore = "lab"]
+async fn f20_every_verb_twice_gives_the_same_and_changes_nothing() {
+    every_verb_twice("thick", 16 << 20, 4 << 20).await;
+}
+
+#[tokio::test]
+#[ignore = "lab"]
+async fn f20_every_verb_twice_on_a_file_gives_the_same_and_changes_nothing() {
+    every_verb_twice("share", 15 << 20, 1 << 20).await;
 }
 
 /// F7: a second export of a volume is refused, also after a restart of the agent.

@@ -1,0 +1,256 @@
+//! The pools of the config, and what the agent has recorded of their volumes. Exports and volumes share it. Not here: the
+//! order of any steps, and what LVM or a directory do.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::journal::Journal;
+use tether_agent_core::steps::{KERNEL_DEADLINE, blocking};
+use tether_proto::{FileSystemId, PoolName, VolumeKey, VolumeName, wire};
+use uuid::Uuid;
+
+use crate::config::{self, Config};
+use crate::directory::{Directory, DirectoryError};
+use crate::lvm::{self, Lvm};
+use crate::volume::record::{DirectoryRecord, ExtensionRecord, FileRecord, journal_key};
+
+/// Where volumes live.
+#[derive(Debug, Clone)]
+pub(crate) enum Pool {
+    /// Logical volumes, reached over iSCSI.
+    Logical(Lvm),
+    /// Files in a directory, reached over NFS.
+    Directory(Directory),
+}
+
+impl Pool {
+    /// Where a volume is on this host: what claims go by. `VG/LV`, or a path without the format's extension.
+    pub(crate) fn place(&self, volume: &VolumeName) -> String {
+        match self {
+            Self::Logical(lvm) => lvm.place(volume.as_str()),
+            Self::Directory(directory) => format!("{}/{volume}", directory.path()),
+        }
+    }
+
+    /// How its volumes are reached.
+    pub(crate) fn transport(&self) -> wire::Transport {
+        match self {
+            Self::Logical(_) => wire::Transport::Iscsi,
+            Self::Directory(_) => wire::Transport::Nfs,
+        }
+    }
+}
+
+/// The pools, and the journals that go with them.
+pub(crate) struct Pools {
+    pools: BTreeMap<PoolName, Pool>,
+    /// The directories that were used, by pool.
+    directories: Journal<DirectoryRecord>,
+    /// The files that we made, by `POOL@VOLUME`.
+    pub(crate) files: Journal<FileRecord>,
+    /// The extensions of thick LVs that are not finished, by `POOL@VOLUME`.
+    pub(crate) extensions: Journal<ExtensionRecord>,
+}
+
+impl Pools {
+    /// The config's pools. A directory that is not fit is told in the log now and to each caller later.
+    ///
+    /// # Errors
+    /// When a journal cannot be opened.
+    pub(crate) async fn open(config: &Config) -> Result<Arc<Self>, Failure> {
+        let pools = config.pool.iter().map(|(name, pool)| {
+            let pool = match pool {
+                config::Pool::Lvm { volume_group, thin_pool, devices } => {
+                    Pool::Logical(Lvm::new(volume_group, thin_pool.as_deref(), devices))
+                }
+                config::Pool::Directory { path, owner_uid, owner_gid } => {
+                    Pool::Directory(Directory::new(path.clone(), *owner_uid, *owner_gid))
+                }
+            };
+            (name.clone(), pool)
+        });
+        let state = &config.state_directory;
+        let pools = Arc::new(Self {
+            pools: pools.collect(),
+            directories: Journal::open(&state.join("pools"))?,
+            files: Journal::open(&state.join("files"))?,
+            extensions: Journal::open(&state.join("extensions"))?,
+        });
+        for (name, pool) in &pools.pools {
+            let Pool::Directory(directory) = pool else { continue };
+            if let Err(failure) = pools.look_at_directory(name, directory).await {
+                tracing::error!(pool = %name, error = %failure, "this pool cannot be used yet");
+            }
+            let looked = directory.clone();
+            if blocking(KERNEL_DEADLINE, move || Ok::<_, Failure>(looked.on_root_file_system())).await? {
+                tracing::warn!(
+                    pool = %name, path = %directory.path(),
+                    "this pool is on the root file system: a client of the share can guess its way to other files there; \
+                     give the pool a file system of its own"
+                );
+            }
+        }
+        Ok(pools)
+    }
+
+    /// One pool by its name.
+    pub(crate) fn get(&self, name: &PoolName) -> Result<&Pool, Failure> {
+        self.pools.get(name).ok_or_else(|| {
+            let known: Vec<&str> = self.pools.keys().map(PoolName::as_str).collect();
+            Failure::new(Reason::PoolNotFound, format!("no pool is named {name}"))
+                .at("validate")
+                .next(format!("the pools of this host are: {}", known.join(", ")))
+        })
+    }
+
+    /// The pool of a volume, whose name it allows.
+    pub(crate) fn of(&self, key: &VolumeKey) -> Result<&Pool, Failure> {
+        let pool = self.get(&key.pool)?;
+        if let Pool::Logical(_) = pool {
+            lvm::check_name(&key.volume).map_err(|failure| failure.at("validate"))?;
+        }
+        Ok(pool)
+    }
+
+    /// All pools, by name.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&PoolName, &Pool)> {
+        self.pools.iter()
+    }
+
+    /// A file of these journals that could not be understood.
+    pub(crate) fn damaged(&self) -> Option<&PathBuf> {
+        let all = [self.directories.damaged(), self.files.damaged(), self.extensions.damaged()];
+        all.into_iter().flatten().next()
+    }
+
+    /// Is a pool's directory fit, and the one that was used before? Records nothing.
+    pub(crate) async fn look_at_directory(
+        self: &Arc<Self>,
+        name: &PoolName,
+        directory: &Directory,
+    ) -> Result<(), Failure> {
+        let (this, name, directory) = (self.clone(), name.clone(), directory.clone());
+        blocking(KERNEL_DEADLINE, move || this.check(&name, &directory).map(drop)).await
+    }
+
+    /// The same, and the record of it, which the first use makes.
+    pub(crate) async fn use_directory(
+        self: &Arc<Self>,
+        name: &PoolName,
+        directory: &Directory,
+    ) -> Result<DirectoryRecord, Failure> {
+        let (this, name, directory) = (self.clone(), name.clone(), directory.clone());
+        let work = move || {
+            let (record, known) = this.check(&name, &directory)?;
+            if !known {
+                this.directories.put(name.as_str(), &record)?;
+            }
+            Ok::<_, Failure>(this.directories.get(name.as_str()).unwrap_or(record))
+        };
+        blocking(KERNEL_DEADLINE, work).await
+    }
+
+    /// The record of a pool's directory, and whether it is in the journal.
+    fn check(&self, name: &PoolName, directory: &Directory) -> Result<(DirectoryRecord, bool), Failure> {
+        let known = self.directories.get(name.as_str());
+        if let Some(record) = known.as_ref().filter(|record| record.path != *directory.path()) {
+            return Err(DirectoryError::Unfit {
+                path: directory.path().to_string(),
+                problem: format!("is not the one that pool {name} was used with, {}", record.path),
+                mend: "put that path back into the agent's config; another directory needs a pool of another name"
+                    .into(),
+            }
+            .into());
+        }
+        let identity = directory.check(known.as_ref().map(|record| record.identity))?;
+        match known {
+            Some(record) => Ok((record, true)),
+            None if !self.directories.damaged().is_empty() => Err(Failure::new(
+                Reason::JournalFailed,
+                format!("which directory pool {name} was used with is not known: its record may be the damaged one"),
+            )
+            .next("repair the damaged file in pools/ under the agent's state directory, then restart the agent")),
+            None => {
+                let file_system_id = FileSystemId::new(Uuid::new_v4())?;
+                let path = directory.path().clone();
+                Ok((DirectoryRecord { pool: name.clone(), path, identity, file_system_id }, false))
+            }
+        }
+    }
+
+    /// What is recorded of a file.
+    pub(crate) fn file(&self, volume: &VolumeKey) -> Option<FileRecord> {
+        self.files.get(&journal_key(volume))
+    }
+
+    /// The extension of an LV that is not finished.
+    pub(crate) fn extension(&self, volume: &VolumeKey, uuid: &str) -> Option<ExtensionRecord> {
+        self.extensions.get(&journal_key(volume)).filter(|record| record.uuid == uuid)
+    }
+}
+
+/// The failure for a volume that is not there.
+pub(crate) fn not_found(volume: &VolumeKey) -> Failure {
+    Failure::new(Reason::VolumeNotFound, format!("no volume is named {volume}"))
+        .next(format!("see: tether volume list --pool {}", volume.pool))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pools(state: &tempfile::TempDir) -> Arc<Pools> {
+        let open = |name: &str| state.path().join(name);
+        Arc::new(Pools {
+            pools: BTreeMap::new(),
+            directories: Journal::open(&open("pools")).unwrap(),
+            files: Journal::open(&open("files")).unwrap(),
+            extensions: Journal::open(&open("extensions")).unwrap(),
+        })
+    }
+
+    /// The whole of it needs a directory that is root's; others see the part before that.
+    #[tokio::test]
+    async fn a_directory_that_is_another_one_than_before_is_not_written_to() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt};
+        let state = tempfile::tempdir().unwrap();
+        let path = state.path().canonicalize().unwrap().join("share");
+        let make = || {
+            std::fs::create_dir(&path).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711)).unwrap();
+        };
+        make();
+        if std::fs::metadata(&path).unwrap().uid() != 0 {
+            return;
+        }
+        let directory = Directory::new(path.display().to_string().parse().unwrap(), 64055, 64055);
+        let name = "share".parse().unwrap();
+        let first = pools(&state).use_directory(&name, &directory).await.unwrap();
+        let again = pools(&state).use_directory(&name, &directory).await.unwrap();
+        assert_eq!(first.file_system_id, again.file_system_id);
+        std::fs::rename(&path, path.with_extension("away")).unwrap();
+        make();
+        let refused = pools(&state).use_directory(&name, &directory).await.unwrap_err();
+        assert_eq!(refused.reason, Reason::PoolUnavailable);
+        assert!(refused.message.contains("is its file system mounted?"), "{refused}");
+        let elsewhere = path.with_extension("away").display().to_string().parse().unwrap();
+        let moved = Directory::new(elsewhere, 64055, 64055);
+        let refused = pools(&state).use_directory(&name, &moved).await.unwrap_err();
+        assert!(refused.message.contains("was used with"), "{refused}");
+    }
+
+    #[test]
+    fn an_unfinished_extension_is_of_one_lv_and_not_of_the_next_with_its_name() {
+        let state = tempfile::tempdir().unwrap();
+        let pools = pools(&state);
+        let volume: VolumeKey = "thick/a".parse().unwrap();
+        let size = |bytes: u64| bytes.try_into().unwrap();
+        let record =
+            ExtensionRecord { volume: volume.clone(), uuid: "one".into(), from: size(1), to: size(2) };
+        pools.extensions.put(&journal_key(&volume), &record).unwrap();
+        assert_eq!(pools.extension(&volume, "one"), Some(record));
+        assert_eq!(pools.extension(&volume, "two"), None);
+    }
+}

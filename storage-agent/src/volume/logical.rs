@@ -1,0 +1,294 @@
+//! Logical volumes, the order of steps: create with wipe, delete, list. Making them larger is in `logical/extend`.
+//!
+//! A thick volume's space may hold somebody's old data (F5). So a new thick LV gets a name that nobody can export,
+//! is wiped, and only then gets its own name: that name never leads to old data, however the agent ends. A creation
+//! that was cut off is taken up again by the same call.
+
+mod extend;
+
+pub(crate) use extend::check_extended;
+use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::steps::Steps;
+use tether_proto::wire::{self, OperationReport, Outcome};
+use tether_proto::{ByteSize, PoolName, VolumeFormat, VolumeKey};
+
+use super::{PoolRoom, VolumeView, Volumes, Wanted, check_room, different, record, round_up};
+use crate::claims::Claim;
+use crate::identity::{Provisioning, VolumeIdentity};
+use crate::lvm::{self, LogicalVolume, Lvm, UNWIPED_PREFIX};
+use crate::space;
+
+impl Volumes {
+    pub(super) async fn list_logical(&self, pool: &PoolName, lvm: &Lvm) -> Result<Vec<VolumeView>, Failure> {
+        let mut views = Vec::new();
+        for lv in lvm.list().await? {
+            // What is not wiped yet, and names that we could not say on the wire, are no volumes.
+            if lv.name.starts_with(UNWIPED_PREFIX) {
+                continue;
+            }
+            if let Ok(volume) = lv.name.parse() {
+                views.push(self.logical_view(VolumeKey { pool: pool.clone(), volume }, lvm, lv));
+            }
+        }
+        Ok(views)
+    }
+
+    pub(super) fn logical_view(&self, key: VolumeKey, lvm: &Lvm, lv: LogicalVolume) -> VolumeView {
+        VolumeView {
+            exported_for: self.claims.exported_for(&lvm.place(key.volume.as_str())),
+            key,
+            identity: VolumeIdentity { uuid: lv.uuid, size: lv.size },
+            format: VolumeFormat::Raw,
+            provisioning: lvm.provisioning(),
+            transport: wire::Transport::Iscsi,
+            ours: lv.ours,
+        }
+    }
+
+    pub(super) async fn logical_room(&self, lvm: &Lvm) -> Result<PoolRoom, Failure> {
+        let room = lvm.room().await?;
+        let provisioned = lvm.list().await?.iter().map(|lv| lv.size.bytes()).fold(0, u64::saturating_add);
+        Ok(PoolRoom { size: room.size, free: room.free, provisioned })
+    }
+
+    pub(super) async fn create_logical(
+        &self,
+        steps: &Steps,
+        key: &VolumeKey,
+        lvm: &Lvm,
+        wanted: Wanted,
+    ) -> Result<(VolumeView, OperationReport), Failure> {
+        check_wanted(key, lvm, wanted)?;
+        let room = steps.run("check-pool", lvm.room()).await?;
+        let size = round_up(wanted.size, room.extent)?;
+        if let Some(lv) = lvm.find(key.volume.as_str()).await? {
+            if !lv.ours {
+                return Err(different(key, "was made by somebody else"));
+            }
+            check_extended(&self.pools, key, &lv.uuid, lv.size)?;
+            if lv.size != size {
+                let what = format!("has {} bytes and not {}", lv.size.bytes(), size.bytes());
+                return Err(different(key, &what));
+            }
+            return Ok((self.logical_view(key.clone(), lvm, lv), steps.report(Outcome::Unchanged)));
+        }
+        if !lvm.name_is_free(key.volume.as_str()).await? {
+            return Err(Failure::new(
+                Reason::DifferentParameters,
+                format!(
+                    "the volume group of pool {} has a logical volume {} outside of the pool",
+                    key.pool, key.volume
+                ),
+            )
+            .at("validate"));
+        }
+        let place = lvm.place(key.volume.as_str());
+        self.claims.claim(&place, Claim::Creation).map_err(|failure| failure.at("validate"))?;
+        let made = match lvm.provisioning() {
+            Provisioning::Thin => self.create_thin(steps, lvm, key, size, room.largest).await,
+            Provisioning::Thick => self.create_thick(steps, lvm, key, size, room.largest).await,
+        };
+        let verified = match made {
+            Ok(outcome) => match steps.run("verify-volume", self.get(key)).await {
+                Ok(view) => Ok((outcome, view)),
+                Err(failure) => Err(self.undo_create(steps, lvm, key.volume.as_str(), failure).await),
+            },
+            Err(failure) => Err(failure),
+        };
+        self.claims.release(&place, Claim::Creation);
+        let (outcome, view) = verified?;
+        tracing::info!(volume = %key, bytes = view.identity.size.bytes(), "volume created");
+        Ok((view, steps.report(outcome)))
+    }
+
+    async fn create_thin(
+        &self,
+        steps: &Steps,
+        lvm: &Lvm,
+        key: &VolumeKey,
+        size: ByteSize,
+        largest: u64,
+    ) -> Result<Outcome, Failure> {
+        check_room(key, size.bytes(), largest)?;
+        match steps.run("create-volume", lvm.create(key.volume.as_str(), size)).await {
+            Ok(()) => Ok(Outcome::Created),
+            Err(failure) => Err(self.undo_create(steps, lvm, key.volume.as_str(), failure).await),
+        }
+    }
+
+    async fn create_thick(
+        &self,
+        steps: &Steps,
+        lvm: &Lvm,
+        key: &VolumeKey,
+        size: ByteSize,
+        largest: u64,
+    ) -> Result<Outcome, Failure> {
+        let unwiped = format!("{UNWIPED_PREFIX}{}", key.volume);
+        let mut outcome = Outcome::Created;
+        match lvm.find(&unwiped).await? {
+            // An earlier call was cut off: the space is taken already.
+            Some(lv) if lv.size == size && lv.ours => outcome = Outcome::Repaired,
+            found => {
+                if let Some(lv) = &found {
+                    self.remove_leftover(steps, lvm, lv).await?;
+                }
+                let room = if found.is_some() { lvm.room().await?.largest } else { largest };
+                check_room(key, size.bytes(), room)?;
+            }
+        }
+        let made = async {
+            if outcome == Outcome::Repaired {
+                steps.run("activate-volume", lvm.activate(&unwiped)).await?;
+            } else {
+                steps.run("create-volume", lvm.create(&unwiped, size)).await?;
+            }
+            steps.run("wipe-volume", space::wipe(lvm.device(&unwiped), 0..size.bytes(), steps)).await?;
+            steps.run("name-volume", lvm.rename(&unwiped, key.volume.as_str())).await
+        }
+        .await;
+        match made {
+            Ok(()) => Ok(outcome),
+            // The last step may have done its work before it failed: then the volume has its own name.
+            Err(failure) if failure.step == Some("name-volume") => {
+                let failure = self.undo_create(steps, lvm, key.volume.as_str(), failure).await;
+                Err(self.undo_create(steps, lvm, &unwiped, failure).await)
+            }
+            Err(failure) => Err(self.undo_create(steps, lvm, &unwiped, failure).await),
+        }
+    }
+
+    /// Takes back a creation: the LV goes, if it came.
+    async fn undo_create(&self, steps: &Steps, lvm: &Lvm, name: &str, mut failure: Failure) -> Failure {
+        let undo = async {
+            match lvm.find(name).await? {
+                Some(lv) if lv.ours => steps.run("undo-create-volume", lvm.remove(name)).await,
+                _ => Ok(()),
+            }
+        };
+        if let Err(error) = undo.await {
+            failure.undo.push(format!("removing {}: {error}", lvm.place(name)));
+        }
+        failure
+    }
+
+    async fn remove_leftover(&self, steps: &Steps, lvm: &Lvm, lv: &LogicalVolume) -> Result<(), Failure> {
+        if !lv.ours {
+            return Err(Failure::new(
+                Reason::NotOurs,
+                format!("{} was not made by Tether", lvm.place(&lv.name)),
+            )
+            .next("rename it or remove it with the tool that made it"));
+        }
+        steps.run("remove-leftover", lvm.remove(&lv.name)).await
+    }
+
+    pub(super) async fn delete_logical(
+        &self,
+        steps: &Steps,
+        key: &VolumeKey,
+        lvm: &Lvm,
+    ) -> Result<OperationReport, Failure> {
+        let place = lvm.place(key.volume.as_str());
+        self.claims.claim(&place, Claim::Deletion).map_err(|failure| failure.at("validate"))?;
+        let outcome = self.remove_logical(steps, key, lvm).await;
+        self.claims.release(&place, Claim::Deletion);
+        Ok(steps.report(outcome?))
+    }
+
+    async fn remove_logical(&self, steps: &Steps, key: &VolumeKey, lvm: &Lvm) -> Result<Outcome, Failure> {
+        let mut outcome = Outcome::Unchanged;
+        match steps.run("find-volume", lvm.find(key.volume.as_str())).await? {
+            Some(lv) => {
+                check_ours(key, &lv)?;
+                if lv.open {
+                    return Err(Failure::new(
+                        Reason::VolumeInUse,
+                        format!("volume {key} is open on the storage host"),
+                    ));
+                }
+                steps.run("remove-volume", lvm.remove(key.volume.as_str())).await?;
+                if lvm.find(key.volume.as_str()).await?.is_some() {
+                    return Err(Failure::new(
+                        Reason::StillThere,
+                        format!("volume {key} is still there after lvremove"),
+                    ));
+                }
+                outcome = Outcome::Removed;
+            }
+            // A creation that was cut off left its space behind under the other name.
+            None => {
+                if let Some(leftover) = lvm.find(&format!("{UNWIPED_PREFIX}{}", key.volume)).await? {
+                    self.remove_leftover(steps, lvm, &leftover).await?;
+                    outcome = Outcome::Removed;
+                }
+            }
+        }
+        let record = record::journal_key(key);
+        if self.pools.extensions.get(&record).is_some() {
+            self.journal(steps, "close-journal", move |pools| pools.extensions.remove(&record)).await?;
+        }
+        if outcome == Outcome::Removed {
+            tracing::info!(volume = %key, "volume deleted");
+        }
+        Ok(outcome)
+    }
+}
+
+/// An LV is what its pool makes: raw, and thick or thin.
+fn check_wanted(key: &VolumeKey, lvm: &Lvm, wanted: Wanted) -> Result<(), Failure> {
+    let pool = &key.pool;
+    let problem = if wanted.format != VolumeFormat::Raw {
+        format!("format: pool {pool} is of kind lvm and has raw volumes only, got {}", wanted.format)
+    } else {
+        match wanted.provisioning {
+            Some(other) if other != lvm.provisioning() => format!(
+                "provisioning: pool {pool} has {} volumes only, got {}",
+                lvm.provisioning().as_str(),
+                other.as_str()
+            ),
+            _ => return Ok(()),
+        }
+    };
+    Err(Failure::new(Reason::InvalidArgument, problem).at("validate"))
+}
+
+fn check_ours(key: &VolumeKey, lv: &LogicalVolume) -> Result<(), Failure> {
+    if lv.ours {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Reason::NotOurs,
+        format!("volume {key} was not made by Tether: it has no tag {:?}", lvm::TAG),
+    )
+    .next("use the LVM tools if you are sure"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_of_kind_lvm_makes_raw_volumes_of_its_own_provisioning_only() {
+        let (thick, thin) = (Lvm::new("vg0", None, &[]), Lvm::new("vg0", Some("pool"), &[]));
+        let key = "fast/a".parse().unwrap();
+        for (lvm, format, provisioning, words) in [
+            (&thick, VolumeFormat::Raw, None, None),
+            (&thick, VolumeFormat::Raw, Some(Provisioning::Thick), None),
+            (&thin, VolumeFormat::Raw, Some(Provisioning::Thin), None),
+            (&thick, VolumeFormat::Qcow2, None, Some("raw volumes only, got qcow2")),
+            (&thick, VolumeFormat::Raw, Some(Provisioning::Thin), Some("has thick volumes only, got thin")),
+            (&thin, VolumeFormat::Raw, Some(Provisioning::Thick), Some("has thin volumes only, got thick")),
+        ] {
+            let wanted = Wanted { size: 1.try_into().unwrap(), format, provisioning };
+            match (check_wanted(&key, lvm, wanted), words) {
+                (Ok(()), None) => {}
+                (Err(failure), Some(words)) => {
+                    assert_eq!(failure.reason, Reason::InvalidArgument);
+                    assert!(failure.message.contains(words), "{failure}");
+                }
+                (outcome, _) => panic!("{wanted:?}: {outcome:?}"),
+            }
+        }
+    }
+}

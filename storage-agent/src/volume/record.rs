@@ -1,0 +1,193 @@
+//! What the journals hold of volumes and pools: directories, files, extensions that are not finished. Not here: what is
+//! done with it.
+
+use serde::{Deserialize, Serialize};
+use tether_proto::{
+    ByteSize, FileName, FileSystemId, ParseError, PoolName, SharePath, VolumeFormat, VolumeKey,
+};
+use uuid::Uuid;
+
+use crate::directory::FileIdentity;
+use crate::identity::{Provisioning, VolumeIdentity};
+
+/// A pool's directory, from its first use on. It keeps a file system that is not mounted from being written under.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct DirectoryRecord {
+    /// The pool.
+    pub(crate) pool: PoolName,
+    /// Where the directory is.
+    pub(crate) path: SharePath,
+    /// Which directory it is.
+    #[serde(flatten)]
+    pub(crate) identity: FileIdentity,
+    /// What the NFS server shows as the id of its file system. Made at random, so a share with it is ours.
+    pub(crate) file_system_id: FileSystemId,
+}
+
+/// Where a file is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum FilePhase {
+    /// Side effects may have begun.
+    Creating,
+    /// It is a volume.
+    Ready,
+    /// Removal may have begun.
+    Deleting,
+}
+
+/// All that we know of a file. Its format stands here and is never guessed (F4).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileRecord {
+    /// The volume.
+    pub(crate) volume: VolumeKey,
+    /// Where it is in its life.
+    pub(crate) phase: FilePhase,
+    /// What is in it.
+    pub(crate) format: VolumeFormat,
+    /// How its space is had.
+    pub(crate) provisioning: Provisioning,
+    /// The size that was told, which the guest sees.
+    pub(crate) size: ByteSize,
+    /// The permanent id, made with it.
+    pub(crate) uuid: String,
+    /// Which file it is; not known before it is made.
+    pub(crate) identity: Option<FileIdentity>,
+    /// An extension to this size has begun and is not seen done: the file has any size up to it. With a size that is told
+    /// already it is a qcow2 file that the compute host will make larger.
+    pub(crate) extending_to: Option<ByteSize>,
+}
+
+impl FileRecord {
+    /// The record of a new file.
+    pub(crate) fn new(
+        volume: VolumeKey,
+        format: VolumeFormat,
+        provisioning: Provisioning,
+        size: ByteSize,
+    ) -> Self {
+        Self {
+            volume,
+            phase: FilePhase::Creating,
+            format,
+            provisioning,
+            size,
+            uuid: Uuid::new_v4().to_string(),
+            identity: None,
+            extending_to: None,
+        }
+    }
+
+    /// The name of its file.
+    pub(crate) fn file_name(&self) -> Result<FileName, ParseError> {
+        file_name(&self.volume, self.format)
+    }
+
+    /// What is told of it.
+    pub(crate) fn volume_identity(&self) -> VolumeIdentity {
+        VolumeIdentity { uuid: self.uuid.clone(), size: self.size }
+    }
+
+    /// Says which parameter of a creation is not this file's.
+    pub(crate) fn difference(&self, other: &Self) -> Option<String> {
+        if self.size != other.size {
+            return Some(format!("has {} bytes and not {}", self.size.bytes(), other.size.bytes()));
+        }
+        if self.format != other.format {
+            return Some(format!("is {} and not {}", self.format, other.format));
+        }
+        if self.provisioning != other.provisioning {
+            let [own, others] = [self, other].map(|record| record.provisioning.as_str());
+            return Some(format!("is {own} and not {others}"));
+        }
+        None
+    }
+
+    /// May a file of this record have this size? The error says what it has.
+    pub(crate) fn check_size(&self, found: u64) -> Result<(), String> {
+        let told = self.size.bytes();
+        let fits = match (self.extending_to.map(ByteSize::bytes), self.format) {
+            (None, _) => found == told,
+            (Some(most), VolumeFormat::Raw) => (told..=most).contains(&found),
+            // How far the compute host is cannot be seen here.
+            (Some(most), VolumeFormat::Qcow2) => found <= most,
+        };
+        if fits { Ok(()) } else { Err(format!("has {found} bytes for the guest and not {told}")) }
+    }
+}
+
+/// The name of a volume's file: the format is its extension.
+pub(crate) fn file_name(volume: &VolumeKey, format: VolumeFormat) -> Result<FileName, ParseError> {
+    format!("{}.{format}", volume.volume).parse()
+}
+
+/// A thick LV that is being extended: its new part may show old data until this record is gone (F5).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ExtensionRecord {
+    /// The volume.
+    pub(crate) volume: VolumeKey,
+    /// The LV's permanent id: another LV under the name has nothing to do with this.
+    pub(crate) uuid: String,
+    /// From where on it is not wiped.
+    pub(crate) from: ByteSize,
+    /// How large it is to be.
+    pub(crate) to: ByteSize,
+}
+
+/// The key of a volume's record. No pool's and no volume's name has an `@`.
+pub(crate) fn journal_key(volume: &VolumeKey) -> String {
+    format!("{}@{}", volume.pool, volume.volume)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(format: VolumeFormat) -> FileRecord {
+        let size = ByteSize::try_from(100).unwrap();
+        FileRecord::new("share/a".parse().unwrap(), format, Provisioning::Thin, size)
+    }
+
+    #[test]
+    fn a_file_has_its_recorded_size_or_one_that_an_extension_gives_it() {
+        use VolumeFormat::{Qcow2, Raw};
+        for (format, extending_to, fits, does_not) in [
+            (Raw, None, &[100][..], &[99, 101][..]),
+            (Raw, Some(200), &[100, 150, 200], &[99, 201]),
+            (Qcow2, None, &[100], &[99, 101]),
+            (Qcow2, Some(200), &[50, 100, 200], &[201]),
+            (Qcow2, Some(100), &[50, 100], &[101]),
+        ] {
+            let extending_to = extending_to.map(|size| ByteSize::try_from(size).unwrap());
+            let record = FileRecord { extending_to, ..record(format) };
+            assert!(fits.iter().all(|size| record.check_size(*size).is_ok()), "{record:?}");
+            assert!(does_not.iter().all(|size| record.check_size(*size).is_err()), "{record:?}");
+        }
+    }
+
+    #[test]
+    fn a_repeated_creation_that_differs_is_told_in_what() {
+        let one = record(VolumeFormat::Raw);
+        assert_eq!(one.difference(&record(VolumeFormat::Raw)), None);
+        let other = record(VolumeFormat::Qcow2);
+        assert_eq!(one.difference(&other).as_deref(), Some("is raw and not qcow2"));
+        let other = FileRecord { size: ByteSize::try_from(7).unwrap(), ..one.clone() };
+        assert_eq!(one.difference(&other).as_deref(), Some("has 100 bytes and not 7"));
+        let other = FileRecord { provisioning: Provisioning::Thick, ..one.clone() };
+        assert_eq!(one.difference(&other).as_deref(), Some("is thin and not thick"));
+    }
+
+    #[test]
+    fn a_record_comes_back_from_the_journal_as_it_went_and_names_its_file() {
+        let one = FileRecord {
+            identity: Some(FileIdentity { inode: 12, born: Some(7) }),
+            ..record(VolumeFormat::Qcow2)
+        };
+        let text = serde_json::to_string(&one).unwrap();
+        assert_eq!(serde_json::from_str::<FileRecord>(&text).unwrap(), one);
+        assert_eq!(one.file_name().unwrap().as_str(), "a.qcow2");
+        assert_eq!(journal_key(&one.volume), "share@a");
+        let longest = VolumeKey { volume: "x".repeat(100).parse().unwrap(), ..one.volume };
+        file_name(&longest, VolumeFormat::Qcow2).unwrap();
+    }
+}
