@@ -169,7 +169,9 @@ impl Mounts {
                 Ok(_) => {
                     return match self.state(mount)? {
                         State::Mounted { .. } => Ok(()),
-                        other => Err(MountError::ReadBack { mount: mount.clone(), found: other.describe() }),
+                        other => {
+                            Err(MountError::NotMounted { mount: mount.clone(), found: other.describe() })
+                        }
                     };
                 }
                 Err(error) => {
@@ -198,7 +200,7 @@ impl Mounts {
                 outcome.map_err(|error| self.told(mount, error))?;
                 let left = self.state(mount)?;
                 if left != State::Absent {
-                    return Err(MountError::ReadBack { mount: mount.clone(), found: left.describe() });
+                    return Err(MountError::StillMounted { mount: mount.clone(), found: left.describe() });
                 }
             }
         }
@@ -229,7 +231,7 @@ impl Mounts {
         file_system: FileSystemId,
     ) -> Result<Facts, MountError> {
         let State::Mounted { device } = self.state(mount)? else {
-            return Err(MountError::ReadBack { mount: mount.clone(), found: "nothing".to_owned() });
+            return Err(MountError::NotMounted { mount: mount.clone(), found: "nothing".to_owned() });
         };
         if !table::has_file_system_id(&read(&self.volumes)?, &device, file_system) {
             return Err(MountError::OtherFileSystem { mount: mount.clone(), wanted: file_system });
@@ -244,7 +246,7 @@ impl Mounts {
             Answer::Done => return Err(MountError::Report("the file helper found nothing".to_owned())),
         };
         if facts.device != device {
-            return Err(MountError::ReadBack { mount: mount.clone(), found: facts.device });
+            return Err(MountError::NotMounted { mount: mount.clone(), found: facts.device });
         }
         Ok(facts)
     }

@@ -168,11 +168,6 @@ impl Attachments {
         if self.is_used(mount, id) {
             return Ok(());
         }
-        if let State::Other(found) = self.mounts.state(mount)? {
-            // Ours is below it or gone. What is there is not ours to take away, and nothing of this attachment is in it.
-            tracing::warn!(directory = %mount.directory.display(), %found, "somebody else's mount stays");
-            return Ok(());
-        }
         steps.run("unmount-share", async { Ok::<_, Failure>(self.mounts.unmount(mount).await?) }).await
     }
 

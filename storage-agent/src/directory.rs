@@ -76,7 +76,7 @@ pub(crate) struct FileIdentity {
 }
 
 impl FileIdentity {
-    fn of(metadata: &Metadata) -> Self {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
         let born = metadata.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         Self { inode: metadata.ino(), born: born.and_then(|age| u64::try_from(age.as_nanos()).ok()) }
     }

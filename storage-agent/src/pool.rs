@@ -211,33 +211,30 @@ mod tests {
         })
     }
 
-    /// The whole of it needs a directory that is root's; others see the part before that.
     #[tokio::test]
     async fn a_directory_that_is_another_one_than_before_is_not_written_to() {
-        use std::os::unix::fs::{MetadataExt, PermissionsExt};
         let state = tempfile::tempdir().unwrap();
-        let path = state.path().canonicalize().unwrap().join("share");
-        let make = || {
+        let root = state.path().canonicalize().unwrap();
+        let make = |name: &str| {
+            let path = root.join(name);
             std::fs::create_dir(&path).unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o711)).unwrap();
+            Directory::new(path.display().to_string().parse().unwrap(), 64055, 64055)
         };
-        make();
-        if std::fs::metadata(&path).unwrap().uid() != 0 {
-            return;
-        }
-        let directory = Directory::new(path.display().to_string().parse().unwrap(), 64055, 64055);
-        let name = "share".parse().unwrap();
-        let first = pools(&state).use_directory(&name, &directory).await.unwrap();
-        let again = pools(&state).use_directory(&name, &directory).await.unwrap();
-        assert_eq!(first.file_system_id, again.file_system_id);
-        std::fs::rename(&path, path.with_extension("away")).unwrap();
-        make();
-        let refused = pools(&state).use_directory(&name, &directory).await.unwrap_err();
+        let (directory, other) = (make("share"), make("other"));
+        let name: PoolName = "share".parse().unwrap();
+        let metadata = std::fs::metadata(other.path().as_str()).unwrap();
+        let record = DirectoryRecord {
+            pool: name.clone(),
+            path: directory.path().clone(),
+            identity: crate::directory::FileIdentity::of(&metadata),
+            file_system_id: FileSystemId::new(Uuid::from_u128(1)).unwrap(),
+        };
+        let pools = pools(&state);
+        pools.directories.put(name.as_str(), &record).unwrap();
+        let refused = pools.use_directory(&name, &directory).await.unwrap_err();
         assert_eq!(refused.reason, Reason::PoolUnavailable);
         assert!(refused.message.contains("is its file system mounted?"), "{refused}");
-        let elsewhere = path.with_extension("away").display().to_string().parse().unwrap();
-        let moved = Directory::new(elsewhere, 64055, 64055);
-        let refused = pools(&state).use_directory(&name, &moved).await.unwrap_err();
+        let refused = pools.use_directory(&name, &other).await.unwrap_err();
         assert!(refused.message.contains("was used with"), "{refused}");
     }
 

@@ -30,9 +30,12 @@ pub(crate) enum MountError {
     /// Something else is mounted where the share belongs.
     #[error("{found} is mounted on {}, which is the place of {}", mount.directory.display(), mount.share)]
     Taken { mount: Mount, found: String },
-    /// The kernel shows something else than was done.
+    /// The kernel does not show the mount that was made.
     #[error("{} should be on {}, and the kernel shows {found}", mount.share, mount.directory.display())]
-    ReadBack { mount: Mount, found: String },
+    NotMounted { mount: Mount, found: String },
+    /// The kernel still shows a mount that was taken away.
+    #[error("{} was unmounted, and the kernel still shows {found} there", mount.directory.display())]
+    StillMounted { mount: Mount, found: String },
     /// The server shows another file system.
     #[error("{} is not the file system {wanted} that the storage host exported", mount.share)]
     OtherFileSystem { mount: Mount, wanted: FileSystemId },
@@ -99,7 +102,9 @@ impl From<MountError> for Failure {
                 "see what it is: findmnt {0}; unmount it if nobody uses it, then call again",
                 mount.directory.display()
             )),
-            MountError::ReadBack { mount, .. } => told(Reason::StillThere)
+            MountError::NotMounted { mount, .. } => told(Reason::MountFailed)
+                .next(format!("see what is mounted: findmnt {0}", mount.directory.display())),
+            MountError::StillMounted { mount, .. } => told(Reason::StillThere)
                 .next(format!("see what is mounted: findmnt {0}", mount.directory.display())),
             MountError::OtherFileSystem { .. } | MountError::Unfit { .. } => told(Reason::WrongDevice)
                 .next("do not use it; see the file on the storage host, then export again under a new id"),
@@ -137,10 +142,12 @@ fn mount_failed(
         {
             with_command(Reason::ServerUnreachable, source)
         }
-        _ if says(&["target is busy"]) => with_command(Reason::DeviceInUse, source).next(format!(
-            "see what uses the mount on the compute host: fuser -vm {}; end it, then detach again",
-            mount.directory.display()
-        )),
+        _ if says(&["target is busy", "device is busy"]) => {
+            with_command(Reason::DeviceInUse, source).next(format!(
+                "see what uses the mount on the compute host: fuser -vm {}; end it, then detach again",
+                mount.directory.display()
+            ))
+        }
         _ => with_command(Reason::MountFailed, source),
     }
 }

@@ -12,6 +12,7 @@ use std::process::ExitCode;
 
 use nix::fcntl::OFlag;
 use nix::sys::stat::{major, minor};
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use serde::{Deserialize, Serialize};
 use tether_agent_core::qcow2;
 use tether_proto::VolumeFormat;
@@ -88,8 +89,11 @@ fn answer(question: &Question) -> Answer {
     })
 }
 
-/// Opening asks the server for the file of this name now; a mere stat may be answered from memory.
+/// Opens the file that has this name on the server now. The client remembers which file a name leads to until it hears that
+/// the directory has changed, so it is made to ask.
 fn open(path: &Path) -> io::Result<File> {
+    let directory = path.parent().unwrap_or(path);
+    statx(CWD, directory, AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS)?;
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)
 }

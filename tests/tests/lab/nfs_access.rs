@@ -126,7 +126,7 @@ async fn f16_exports_of_somebody_else_are_untouched() {
     fixture.volume("share/ours").await;
     storage
         .run(
-            "mkdir -p /srv/theirs && \
+            "mkdir -p /srv/theirs /etc/exports.d && \
              echo '/srv/theirs 10.99.0.2(ro,no_subtree_check) 10.99.0.50(rw,no_subtree_check)' >/etc/exports.d/foreign.exports && \
              exportfs -r && exportfs -o ro,no_subtree_check 10.99.0.51:/srv/theirs && \
              exportfs -o ro,all_squash,no_subtree_check 10.99.0.60:/srv/share",

@@ -283,7 +283,7 @@ async fn an_agent_refuses_a_config_with_tricks_in_its_nfs_part() {
     ] {
         let refused = check(&format!("options = [\"{options}\"]")).await;
         assert_eq!(refused.exit_code, Some(64), "option {options:?}: {refused:?}");
-        assert!(refused.stderr.contains("nfs"), "option {options:?}: {}", refused.stderr);
+        assert!(refused.stderr.contains("options"), "option {options:?}: {}", refused.stderr);
     }
     for versions in ["[]", "[\"3\"]", "[\"4.2,soft\"]", "[\"\"]", "[\"4.2\", \"4.2 \"]", "[4.2]"] {
         let refused = check(&format!("versions = {versions}")).await;

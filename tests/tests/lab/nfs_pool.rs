@@ -109,7 +109,7 @@ async fn a_full_share_refuses_a_thick_volume_and_pauses_only_the_guest_that_need
             .await
             .unwrap();
         assert!(compute.run("virsh domblkerror c2").await.unwrap().contains("no space"));
-        has.write(&other, "has room", 8 << 20).await.expect("the allocated volume has its room");
+        has.write(&other, "has-room", 8 << 20).await.expect("the allocated volume has its room");
         assert_eq!(compute.run("virsh domstate c3").await.unwrap().trim(), "running");
         storage.run(&format!("rm {SHARE}/filler")).await.unwrap();
         compute.run("virsh -q resume c2").await.unwrap();
