@@ -101,7 +101,7 @@ impl Attachments {
     ) -> Result<(bool, Views), Failure> {
         let disk = match attachment.connection.transport.clone() {
             Transport::Iscsi(iscsi) => self.connect_iscsi(steps, id, attachment, &iscsi, known).await?,
-            Transport::Nfs(nfs) => self.connect_nfs(steps, attachment, &nfs, known).await?,
+            Transport::Nfs(nfs) => self.connect_nfs(steps, id, attachment, &nfs, known).await?,
         };
         if !known.in_live {
             // A volume that was extended since the first call has another size by now. A guest that has the disk already
@@ -212,6 +212,10 @@ impl Attachments {
                 && let Err(error) = self.delete_node_record(steps, iscsi).await
             {
                 failure.undo.push(error.to_string());
+            }
+            if attachment.plan.is_some() {
+                failure.undo.push("what an earlier call made stays, and is recorded".to_owned());
+                return failure;
             }
             return self.forget(steps, id, failure).await;
         }

@@ -98,6 +98,8 @@ impl Attachments {
         let events = KernelEvents::open().map_err(|error| {
             Failure::new(Reason::Internal, format!("the kernel's events cannot be read: {error}"))
         })?;
+        // Before the journal: who makes the state directory decides who may pass through it, and QEMU must.
+        let mounts = Mounts::open(&config.state_directory, &config.nfs)?;
         let journal = Journal::<AttachmentRecord>::open(&config.state_directory.join("attachments"))?;
         let mut claims = HashMap::new();
         let mut mount_users = HashMap::<PathBuf, BTreeSet<AttachmentId>>::new();
@@ -117,7 +119,7 @@ impl Attachments {
             sysfs: Sysfs::at("/sys"),
             nodes: node_record::NODE_DIRECTORY.into(),
             by_id: device::BY_ID.into(),
-            mounts: Mounts::open(&config.state_directory, &config.nfs)?,
+            mounts,
             guest_deadline: Duration::from_millis(config.guest_deadline_milliseconds),
             claims: Mutex::new(claims),
             mount_users: Mutex::new(mount_users),

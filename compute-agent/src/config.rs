@@ -1,5 +1,6 @@
 //! The compute agent's config file, with every default.
 
+use std::collections::BTreeSet;
 use std::path::{Component, PathBuf};
 
 use serde::Deserialize;
@@ -70,8 +71,15 @@ impl NfsVersion {
 #[serde(try_from = "String")]
 pub(crate) struct MountOption(String);
 
-/// What may be set. Nothing that changes who waits for what: `hard`, `retry` and the like are ours.
-const MOUNT_OPTIONS: [&str; 5] = ["nconnect", "rsize", "wsize", "timeo", "retrans"];
+/// What may be set, and from what to what. Nothing that changes who waits for what: `hard`, `retry` and the like are ours.
+/// Outside of these the kernel would take another number and show that.
+const MOUNT_OPTIONS: [(&str, std::ops::RangeInclusive<u32>); 5] = [
+    ("nconnect", 1..=16),
+    ("rsize", 1024..=1_048_576),
+    ("wsize", 1024..=1_048_576),
+    ("timeo", 1..=6000),
+    ("retrans", 1..=100),
+];
 
 impl MountOption {
     /// The option as text.
@@ -84,14 +92,19 @@ impl TryFrom<String> for MountOption {
     type Error = String;
     fn try_from(text: String) -> Result<Self, String> {
         let legal = text.split_once('=').is_some_and(|(name, number)| {
-            MOUNT_OPTIONS.contains(&name)
-                && (1..=9).contains(&number.len())
-                && number.bytes().all(|b| b.is_ascii_digit())
+            let digits = number.bytes().all(|b| b.is_ascii_digit()) && !number.starts_with('0');
+            let number = number.parse().ok().filter(|_| digits);
+            MOUNT_OPTIONS
+                .iter()
+                .any(|(known, range)| *known == name && number.is_some_and(|number| range.contains(&number)))
         });
         if legal {
             return Ok(Self(text));
         }
-        Err(format!("{text:?} must be NAME=NUMBER, NAME one of: {}", MOUNT_OPTIONS.join(" ")))
+        let known = MOUNT_OPTIONS
+            .iter()
+            .map(|(name, range)| format!("{name} ({} to {})", range.start(), range.end()));
+        Err(format!("{text:?} must be NAME=NUMBER: {}", known.collect::<Vec<_>>().join(", ")))
     }
 }
 
@@ -137,6 +150,11 @@ impl AgentConfig for Config {
         }
         if self.nfs.versions.is_empty() {
             return Err(ConfigError::value("nfs.versions", "must name at least one of \"4.2\" and \"4.1\""));
+        }
+        let names: BTreeSet<&str> =
+            self.nfs.options.iter().filter_map(|o| o.as_str().split('=').next()).collect();
+        if names.len() != self.nfs.options.len() {
+            return Err(ConfigError::value("nfs.options", "must name each option once"));
         }
         if self.libvirt_uri.is_empty() {
             return Err(ConfigError::value("libvirt_uri", "must be a libvirt URI, as in qemu:///system"));
@@ -188,6 +206,10 @@ mod tests {
             "-o",
             "",
             "timeo=1=2",
+            "timeo=0100",
+            "timeo=9999",
+            "nconnect=0",
+            "nconnect=17",
         ] {
             let text = format!("[nfs]\noptions = [\"{bad}\"]");
             let problem = toml::from_str::<Config>(&text).expect_err(bad).to_string();
@@ -207,6 +229,7 @@ mod tests {
             ("state_directory = \"/var/lib/a b\"", "state_directory"),
             ("[nfs]\nversions = []", "nfs.versions"),
             ("[nfs]\nversions = [\"3\"]", "unknown variant `3`"),
+            ("[nfs]\noptions = [\"timeo=100\", \"timeo=200\"]", "nfs.options"),
             ("[nfs]\noption = []", "unknown field `option`"),
         ] {
             let problem = match toml::from_str::<Config>(text) {

@@ -57,6 +57,10 @@ pub(crate) struct Mount {
     pub(crate) share: String,
     /// Where it is mounted.
     pub(crate) directory: PathBuf,
+    /// With what options, without the version. A mount keeps them when the config changes.
+    pub(crate) options: String,
+    /// With which versions, the first that the server speaks.
+    pub(crate) versions: Vec<String>,
 }
 
 /// What is on a mount's directory.
@@ -90,7 +94,10 @@ impl Mounts {
     pub(crate) fn open(state_directory: &Path, config: &Nfs) -> Result<Self, MountError> {
         let directory = state_directory.join("mnt");
         let made = fs::DirBuilder::new().recursive(true).mode(0o711).create(&directory);
-        made.map_err(|source| MountError::Io { action: "making", path: directory.clone(), source })?;
+        // The kernel shows mounts by their real paths.
+        let directory = made
+            .and_then(|()| fs::canonicalize(&directory))
+            .map_err(|source| MountError::Io { action: "making", path: directory.clone(), source })?;
         let more: String = config.options.iter().map(|option| format!(",{}", option.as_str())).collect();
         Ok(Self {
             directory,
@@ -111,10 +118,11 @@ impl Mounts {
     /// The mount of a share from one server, with this config's options.
     pub(crate) fn mount_of(&self, server: ServerAddress, path: &SharePath) -> Mount {
         let share = server.share(path);
-        let versions: Vec<&str> = self.versions.iter().map(|version| version.as_str()).collect();
+        let versions: Vec<String> = self.versions.iter().map(|version| version.as_str().to_owned()).collect();
         let key = format!("{share} {} {}", self.options, versions.join("/"));
         let name = Uuid::new_v5(&NAMESPACE, key.as_bytes()).simple().to_string();
-        Mount { server, share, directory: self.directory.join(name) }
+        let directory = self.directory.join(name);
+        Mount { server, share, directory, options: self.options.clone(), versions }
     }
 
     /// The first server that answers.
@@ -133,24 +141,9 @@ impl Mounts {
         let found = table::mounted_on(&text, &mount.directory).map_err(MountError::Report)?;
         Ok(match found {
             None => State::Absent,
-            Some(found) if self.is_as_we_mount(mount, &found) => State::Mounted { device: found.device },
+            Some(found) if is_as_we_mount(mount, &found) => State::Mounted { device: found.device },
             Some(found) => State::Other(format!("{} {}", found.kind, found.source)),
         })
-    }
-
-    /// The config's options that the kernel shows as they were given. The server has the last word on sizes, and a second
-    /// mount shares the connections of the first.
-    fn shown(&self) -> Vec<&str> {
-        let shown = |option: &&str| option.starts_with("timeo=") || option.starts_with("retrans=");
-        self.options.split(',').filter(shown).collect()
-    }
-
-    /// Server, path and the options that matter to a guest's data (F46).
-    fn is_as_we_mount(&self, mount: &Mount, found: &Mounted) -> bool {
-        found.kind == "nfs4"
-            && found.source == mount.share
-            && ["hard", "nosharecache", "rw"].iter().chain(&self.shown()).all(|option| found.has(option))
-            && self.versions.iter().any(|version| found.has(&format!("vers={}", version.as_str())))
     }
 
     /// Mounts, unless it is mounted. Versions are tried in the config's order.
@@ -159,8 +152,8 @@ impl Mounts {
         make_directory(&mount.directory)?;
         self.helpers.start(mount)?;
         let mut refused = None;
-        for version in &self.versions {
-            let options = format!("vers={},{}", version.as_str(), self.options);
+        for version in &mount.versions {
+            let options = format!("vers={version},{}", mount.options);
             let command = CommandLine::new("/bin/mount")
                 .args(["-t", "nfs", "-o", &options, &mount.share])
                 .arg(&mount.directory)
@@ -169,9 +162,10 @@ impl Mounts {
                 Ok(_) => {
                     return match self.state(mount)? {
                         State::Mounted { .. } => Ok(()),
-                        other => {
-                            Err(MountError::NotMounted { mount: mount.clone(), found: other.describe() })
-                        }
+                        other => Err(MountError::NotMounted {
+                            mount: Box::new(mount.clone()),
+                            found: other.describe(),
+                        }),
                     };
                 }
                 Err(error) => {
@@ -192,7 +186,7 @@ impl Mounts {
         self.helpers.end(mount).await?;
         match self.state(mount)? {
             State::Absent => {}
-            State::Other(found) => return Err(MountError::Taken { mount: mount.clone(), found }),
+            State::Other(found) => return Err(MountError::Taken { mount: Box::new(mount.clone()), found }),
             State::Mounted { .. } => {
                 // The path is ours and straight: umount need not ask the server where it leads.
                 let command = CommandLine::new("/bin/umount").arg("--no-canonicalize").arg(&mount.directory);
@@ -200,7 +194,10 @@ impl Mounts {
                 outcome.map_err(|error| self.told(mount, error))?;
                 let left = self.state(mount)?;
                 if left != State::Absent {
-                    return Err(MountError::StillMounted { mount: mount.clone(), found: left.describe() });
+                    return Err(MountError::StillMounted {
+                        mount: Box::new(mount.clone()),
+                        found: left.describe(),
+                    });
                 }
             }
         }
@@ -231,10 +228,13 @@ impl Mounts {
         file_system: FileSystemId,
     ) -> Result<Facts, MountError> {
         let State::Mounted { device } = self.state(mount)? else {
-            return Err(MountError::NotMounted { mount: mount.clone(), found: "nothing".to_owned() });
+            return Err(MountError::NotMounted {
+                mount: Box::new(mount.clone()),
+                found: "nothing".to_owned(),
+            });
         };
         if !table::has_file_system_id(&read(&self.volumes)?, &device, file_system) {
-            return Err(MountError::OtherFileSystem { mount: mount.clone(), wanted: file_system });
+            return Err(MountError::OtherFileSystem { mount: Box::new(mount.clone()), wanted: file_system });
         }
         let question = Question::Look { path: path.to_owned(), format };
         let facts = match self.helpers.ask(mount, &question, LOOK_DEADLINE).await? {
@@ -246,7 +246,7 @@ impl Mounts {
             Answer::Done => return Err(MountError::Report("the file helper found nothing".to_owned())),
         };
         if facts.device != device {
-            return Err(MountError::NotMounted { mount: mount.clone(), found: facts.device });
+            return Err(MountError::NotMounted { mount: Box::new(mount.clone()), found: facts.device });
         }
         Ok(facts)
     }
@@ -280,8 +280,25 @@ impl Mounts {
         if let CommandError::Deadline { stuck_pid: Some(pid), .. } = &error {
             self.helpers.note_stuck(mount, *pid);
         }
-        MountError::Mount { mount: mount.clone(), source: error }
+        MountError::Mount { mount: Box::new(mount.clone()), source: error }
     }
+}
+
+/// The options that the kernel shows as they were given. The server has the last word on sizes, and a second mount shares
+/// the connections of the first.
+fn shown(options: &str) -> impl Iterator<Item = &str> {
+    options.split(',').filter(|option| option.starts_with("timeo=") || option.starts_with("retrans="))
+}
+
+/// Server, path and the options that matter to a guest's data (F46).
+fn is_as_we_mount(mount: &Mount, found: &Mounted) -> bool {
+    found.kind == "nfs4"
+        && found.source == mount.share
+        && ["hard", "nosharecache", "rw"]
+            .into_iter()
+            .chain(shown(&mount.options))
+            .all(|option| found.has(option))
+        && mount.versions.iter().any(|version| found.has(&format!("vers={version}")))
 }
 
 impl State {

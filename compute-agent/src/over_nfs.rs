@@ -43,7 +43,7 @@ impl Attachments {
                     }
                     None => self.mounts.mount_of(self.mounts.probe(&nfs.servers).await?, &nfs.path),
                 };
-                self.mount_users().entry(mount.directory.clone()).or_default().insert(id);
+                self.use_mount(&mount, id);
                 attachment.mount = Some(mount);
                 Ok::<_, Failure>(Some(turn))
             })
@@ -56,20 +56,34 @@ impl Attachments {
         users.get(&mount.directory).is_some_and(|users| users.iter().any(|id| *id != except))
     }
 
+    /// Enters an attachment among the users of a mount. Under the share's turn.
+    fn use_mount(&self, mount: &Mount, id: AttachmentId) {
+        self.mount_users().entry(mount.directory.clone()).or_default().insert(id);
+    }
+
+    fn stop_using(&self, mount: &Mount, id: AttachmentId) {
+        if let Some(users) = self.mount_users().get_mut(&mount.directory) {
+            users.remove(&id);
+        }
+    }
+
     /// The share mounted, and the file compared with what the storage host said.
     pub(crate) async fn connect_nfs(
         &self,
         steps: &Steps,
+        id: AttachmentId,
         attachment: &Attachment,
         nfs: &NfsConnection,
         known: Known,
     ) -> Result<HostDisk, Failure> {
         let mount = placed(attachment)?;
         let turn = self.mounts.turn(nfs.file_system_id).await?;
+        // A retry after an undo that failed is a user again.
+        self.use_mount(mount, id);
         let connected = match self.mounts.state(mount)? {
             State::Mounted { .. } => false,
             State::Other(found) => {
-                let taken = MountError::Taken { mount: mount.clone(), found };
+                let taken = MountError::Taken { mount: Box::new(mount.clone()), found };
                 return Err(Failure::from(taken).at("mount-share"));
             }
             State::Absent if known.in_live => {
@@ -165,6 +179,8 @@ impl Attachments {
             }
         }
         let _turn = self.mounts.turn(nfs.file_system_id).await?;
+        // Out of the count first, under the turn: of two that leave at once, the second must see that it is the last.
+        self.stop_using(mount, id);
         if self.is_used(mount, id) {
             return Ok(());
         }
@@ -227,7 +243,8 @@ fn file_of(mount: &Mount, nfs: &NfsConnection) -> PathBuf {
 
 fn wrong(path: &Path, problem: &str) -> Failure {
     Failure::new(Reason::WrongDevice, format!("{} {problem}", path.display())).next(
-        "do not use it; compare the file's inode number and size on both hosts (stat), then export again under a new id",
+        "if the volume was extended just now: export it again, then attach. Else do not use it: compare the file's inode \
+         number and size on both hosts (stat), and export again under a new id",
     )
 }
 

@@ -118,10 +118,10 @@ impl AgentConfig for Config {
                     let problem = format!("must be given: pool {name} is of kind directory");
                     return Err(ConfigError::value("nfs", problem));
                 }
-                Pool::Directory { owner_uid: 0, .. } => {
+                Pool::Directory { owner_uid: 0 | u32::MAX, .. } => {
                     return Err(ConfigError::value(key("owner_uid"), NEVER_ROOT));
                 }
-                Pool::Directory { owner_gid: 0, .. } => {
+                Pool::Directory { owner_gid: 0 | u32::MAX, .. } => {
                     return Err(ConfigError::value(key("owner_gid"), NEVER_ROOT));
                 }
                 Pool::Directory { path, .. } => self.check_alone(name, path)?,

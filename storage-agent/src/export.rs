@@ -239,9 +239,8 @@ impl Exports {
         match pool {
             Pool::Logical(lvm) => {
                 let identity = steps.run("find-volume", find::logical(lvm, volume)).await?;
-                if fresh {
-                    check_extended(&self.pools, volume, &identity.uuid, identity.size)?;
-                }
+                // A repeated call, too: its answer tells the size, and a guest would be given what is not wiped.
+                check_extended(&self.pools, volume, &identity.uuid, identity.size)?;
                 let device = lvm.device(volume.volume.as_str()).display().to_string();
                 Ok(Volume { identity, device, file: None })
             }

@@ -156,6 +156,12 @@ impl Nfs {
         }
     }
 
+    /// Is a line's fragment there, as it should be?
+    pub(crate) fn has_fragment(&self, share: &Share) -> Result<bool, NfsError> {
+        let path = self.fragment(&share.pool, share.address);
+        Ok(self.read_fragment(&path)?.is_some_and(|text| text == share.fragment()))
+    }
+
     /// Writes a line's fragment. True when it was not there, or another.
     pub(crate) fn write_fragment(&self, share: &Share) -> Result<bool, NfsError> {
         let (path, text) = (self.fragment(&share.pool, share.address), share.fragment());

@@ -84,7 +84,10 @@ impl Pools {
                 tracing::error!(pool = %name, error = %failure, "this pool cannot be used yet");
             }
             let looked = directory.clone();
-            if blocking(KERNEL_DEADLINE, move || Ok::<_, Failure>(looked.on_root_file_system())).await? {
+            // A file system that hangs keeps its own pool waiting, and not the agent.
+            let beside =
+                blocking(KERNEL_DEADLINE, move || Ok::<_, Failure>(looked.on_root_file_system())).await;
+            if beside.unwrap_or(false) {
                 tracing::warn!(
                     pool = %name, path = %directory.path(),
                     "this pool is on the root file system: a client of the share can guess its way to other files there; \

@@ -23,22 +23,22 @@ pub(crate) enum MountError {
     /// `mount` or `umount` failed.
     #[error("mounting or unmounting {} failed", mount.share)]
     Mount {
-        mount: Mount,
+        mount: Box<Mount>,
         #[source]
         source: CommandError,
     },
     /// Something else is mounted where the share belongs.
     #[error("{found} is mounted on {}, which is the place of {}", mount.directory.display(), mount.share)]
-    Taken { mount: Mount, found: String },
+    Taken { mount: Box<Mount>, found: String },
     /// The kernel does not show the mount that was made.
     #[error("{} should be on {}, and the kernel shows {found}", mount.share, mount.directory.display())]
-    NotMounted { mount: Mount, found: String },
+    NotMounted { mount: Box<Mount>, found: String },
     /// The kernel still shows a mount that was taken away.
     #[error("{} was unmounted, and the kernel still shows {found} there", mount.directory.display())]
-    StillMounted { mount: Mount, found: String },
+    StillMounted { mount: Box<Mount>, found: String },
     /// The server shows another file system.
     #[error("{} is not the file system {wanted} that the storage host exported", mount.share)]
-    OtherFileSystem { mount: Mount, wanted: FileSystemId },
+    OtherFileSystem { mount: Box<Mount>, wanted: FileSystemId },
     /// The file is there, and cannot be the volume.
     #[error("{} is not the volume: {problem}", path.display())]
     Unfit { path: PathBuf, problem: String },

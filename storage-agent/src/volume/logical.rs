@@ -34,10 +34,13 @@ impl Volumes {
     }
 
     pub(super) fn logical_view(&self, key: VolumeKey, lvm: &Lvm, lv: LogicalVolume) -> VolumeView {
+        // What is not wiped yet is no part of the volume (F5).
+        let pending = self.pools.extension(&key, &lv.uuid);
+        let size = pending.map_or(lv.size, |pending| pending.from.min(lv.size));
         VolumeView {
             exported_for: self.claims.exported_for(&lvm.place(key.volume.as_str())),
             key,
-            identity: VolumeIdentity { uuid: lv.uuid, size: lv.size },
+            identity: VolumeIdentity { uuid: lv.uuid, size },
             format: VolumeFormat::Raw,
             provisioning: lvm.provisioning(),
             transport: wire::Transport::Iscsi,
