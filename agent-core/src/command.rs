@@ -33,6 +33,7 @@ pub struct CommandLine {
     stdin: Vec<u8>,
     deadline: Duration,
     kill: bool,
+    user: Option<(u32, u32)>,
 }
 
 /// What a program left behind.
@@ -135,6 +136,7 @@ impl CommandLine {
             stdin: Vec::new(),
             deadline: DEFAULT_DEADLINE,
             kill: true,
+            user: None,
         }
     }
 
@@ -163,6 +165,13 @@ impl CommandLine {
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
+        self
+    }
+
+    /// Runs it as another user with that one group: for programs that read what others may have written.
+    #[must_use]
+    pub fn user(mut self, uid: u32, gid: u32) -> Self {
+        self.user = Some((uid, gid));
         self
     }
 
@@ -204,6 +213,10 @@ impl CommandLine {
         tracing::debug!(%command, "start");
         #[expect(clippy::disallowed_methods, reason = "this is the one runner")]
         let mut builder = tokio::process::Command::new(&self.program);
+        if let Some((uid, gid)) = self.user {
+            // Root's other groups go with it (std::os::unix::process::CommandExt::uid).
+            builder.uid(uid).gid(gid);
+        }
         let mut child = builder
             .args(&self.args)
             .env("LC_ALL", "C")
@@ -316,6 +329,16 @@ fn tail(text: &str) -> String {
 mod tests {
     use super::*;
     use std::time::Instant;
+
+    /// Only root can become somebody else; for everybody else it is a failure and never the wrong user.
+    #[tokio::test]
+    async fn runs_as_another_user_or_not_at_all() {
+        let outcome = shell("id -u; id -g; id -G").user(65534, 65534).run().await;
+        match outcome {
+            Ok(output) => assert_eq!(output.stdout, "65534\n65534\n65534\n"),
+            Err(error) => assert!(!nix::unistd::geteuid().is_root(), "{error}"),
+        }
+    }
 
     fn shell(script: &str) -> CommandLine {
         CommandLine::new("/bin/sh").args(["-c", script])

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use crate::roles::Roles;
+
 /// Why a config cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -36,6 +38,16 @@ pub enum ConfigError {
         /// What is wrong, and what would be right.
         problem: String,
     },
+    /// A file that a value names is there, and cannot be used as it is now. Who renews it may be about to change that.
+    #[error("config: {key}: {} cannot be used: {problem}", path.display())]
+    File {
+        /// The key.
+        key: String,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
 }
 
 impl ConfigError {
@@ -61,7 +73,7 @@ pub fn load<C: DeserializeOwned>(path: &Path) -> Result<C, ConfigError> {
 pub struct Server {
     /// Where the agent listens for gRPC with mTLS. Left out: only on the Unix socket.
     pub listen: Option<SocketAddr>,
-    /// The Unix socket for root on this host.
+    /// The Unix socket for root on this host, and for users that have a role.
     pub socket: PathBuf,
     /// The agent's certificate, PEM.
     pub certificate: Option<PathBuf>,
@@ -69,13 +81,24 @@ pub struct Server {
     pub key: Option<PathBuf>,
     /// The authority whose client certificates are let in, PEM.
     pub ca: Option<PathBuf>,
+    /// Who may do what.
+    #[serde(default)]
+    pub roles: Roles,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    /// Where they are told, over HTTP and to whoever asks: an address of this host alone, or of a network for it.
+    pub listen: SocketAddr,
 }
 
 /// What nobody should need.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Danger {
-    /// TCP without TLS: whoever reaches the port gets in. Warns at every start.
+    /// TCP without TLS: whoever reaches the port gets in, as a controller. Warns at every start.
     pub plaintext: bool,
 }
 
@@ -83,11 +106,12 @@ impl Server {
     /// Checks what can be checked without opening anything for good.
     ///
     /// # Errors
-    /// When a certificate is missing or the key is open to others.
+    /// When a certificate is missing or the key is open to others, or somebody has two roles.
     pub fn check(&self, danger: Danger) -> Result<(), ConfigError> {
         if !self.socket.is_absolute() {
             return Err(ConfigError::value("server.socket", "must be an absolute path"));
         }
+        self.roles.check()?;
         if self.listen.is_some() && !danger.plaintext {
             crate::tls::server_config(self)?;
         }

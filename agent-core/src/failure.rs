@@ -17,12 +17,20 @@ use crate::journal::JournalError;
 pub const ERROR_DOMAIN: &str = "tether";
 
 macro_rules! reasons {
-    ($($(#[$doc:meta])* $name:ident = $text:literal, $code:ident, retry $retry:expr, $next:literal;)+) => {
+    ($(#[doc = $doc:literal] $name:ident = $text:literal, $code:ident, retry $retry:expr, $next:literal;)+) => {
         /// Why an operation failed, in words an operator understands.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub enum Reason { $($(#[$doc])* $name),+ }
+        pub enum Reason { $(#[doc = $doc] $name),+ }
 
         impl Reason {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name),+];
+
+            /// What it means, a sentence.
+            pub fn meaning(self) -> &'static str {
+                match self { $(Self::$name => $doc.trim_ascii()),+ }
+            }
+
             /// The word on the wire, `google.rpc.ErrorInfo.reason`.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $text),+ }
@@ -34,12 +42,12 @@ macro_rules! reasons {
             }
 
             /// After how many seconds the same call may succeed with nobody doing anything.
-            fn retry_after(self) -> Option<u64> {
+            pub fn retry_after(self) -> Option<u64> {
                 match self { $(Self::$name => $retry),+ }
             }
 
             /// What to do, when the failure itself does not know better.
-            fn next(self) -> &'static str {
+            pub fn next(self) -> &'static str {
                 match self { $(Self::$name => $next),+ }
             }
         }
@@ -49,6 +57,8 @@ macro_rules! reasons {
 reasons! {
     /// A value in the request is not legal.
     InvalidArgument = "INVALID_ARGUMENT", InvalidArgument, retry None, "correct the value and call again";
+    /// The caller has not the role that the RPC needs.
+    WrongRole = "WRONG_ROLE", PermissionDenied, retry None, "call with a certificate of that role";
     /// No pool of that name is in the config.
     PoolNotFound = "POOL_NOT_FOUND", NotFound, retry None, "name a pool from the storage agent's config";
     /// No such volume.
@@ -87,14 +97,14 @@ reasons! {
     WipeFailed = "WIPE_FAILED", Internal, retry None, "see the kernel's log on the storage host, then create it again";
     /// The new size is less than the present one.
     ShrinkRefused = "SHRINK_REFUSED", FailedPrecondition, retry None, "ask for more than the volume has: nothing is ever made smaller";
-    /// An extension was cut off, and the new space may show old data.
-    ExtensionUnfinished = "EXTENSION_UNFINISHED", FailedPrecondition, retry None, "finish it: tether volume extend POOL/NAME SIZE";
     /// The pool's directory cannot be used as it is.
     PoolUnavailable = "POOL_UNAVAILABLE", FailedPrecondition, retry None, "see on the storage host that the pool's file system is mounted, and writable for root alone";
     /// A file of a pool could not be made, changed or removed.
     FileFailed = "FILE_FAILED", Internal, retry None, "see the pool's directory and the kernel's log on the storage host";
     /// This host does not serve NFS now.
-    NfsServerDown = "NFS_SERVER_DOWN", FailedPrecondition, retry None, "on the storage host: systemctl enable --now nfs-server";
+    NfsServerDown = "NFS_SERVER_DOWN", FailedPrecondition, retry None, "on the storage host: systemctl enable --now nfs-server; if it runs already: systemctl restart tether-storage-agent, which was started before nfsd was";
+    /// This host's NFS server was just started, and its clients have not told it yet which files they have open.
+    NfsServerStarting = "NFS_SERVER_STARTING", Unavailable, retry Some(10), "call again when its grace period is over (nfs.conf, grace-time)";
     /// The directory could not be shared.
     ShareFailed = "SHARE_FAILED", Internal, retry None, "run the command by hand on the storage host";
     /// The connector has no address to which the directory may be shared.
@@ -109,6 +119,10 @@ reasons! {
     ServerUnreachable = "SERVER_UNREACHABLE", Unavailable, retry Some(5), "see that the storage host is up, that nfs-server runs there, and that TCP 2049 is not behind a firewall";
     /// The share could not be mounted.
     MountFailed = "MOUNT_FAILED", Unavailable, retry Some(5), "run the command by hand on the compute host; see that the storage host shares the directory with it: exportfs -v";
+    /// Two hosts have one initiator name.
+    InitiatorNameTaken = "INITIATOR_NAME_TAKEN", FailedPrecondition, retry None, "give each host a name of its own in /etc/iscsi/initiatorname.iscsi and restart iscsid there; a host that was renamed: detach what it has first";
+    /// A running guest cannot be told that its read-only disk is larger.
+    ReadOnlyDisk = "READ_ONLY_DISK", FailedPrecondition, retry None, "nothing is lost: the guest sees the new size when its domain was shut off and started, or when the disk is detached and attached anew";
     /// The volume has not the size that the guest is to see.
     NotExtended = "NOT_EXTENDED", FailedPrecondition, retry None, "extend the volume on its storage host first: tether volume extend POOL/NAME SIZE";
     /// The target refused the name or the secret.
@@ -147,6 +161,8 @@ reasons! {
     TargetAttached = "TARGET_ATTACHED", FailedPrecondition, retry None, "detach the other attachment first";
     /// It is not known whether it was done.
     OutcomeUnknown = "OUTCOME_UNKNOWN", Unavailable, retry Some(10), "see the attachment's state; detach it, or repeat the call with the same id";
+    /// Somebody who watches did not keep up.
+    EventsMissed = "EVENTS_MISSED", DataLoss, retry Some(1), "watch again: what holds then is told first";
     /// The kernel does not come back from a call.
     Stuck = "STUCK", DeadlineExceeded, retry None, "see the kernel's log: journalctl -k; what hangs in the kernel ends with it or with a reboot";
     /// A defect of ours.
@@ -205,6 +221,11 @@ impl Failure {
         failure.command = Some(error.command().to_owned());
         failure.exit = error.exit_code();
         failure
+    }
+
+    /// What to do next.
+    pub fn advice(&self) -> &str {
+        self.next.as_deref().unwrap_or(self.reason.next())
     }
 
     /// The same with advice that fits better.

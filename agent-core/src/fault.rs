@@ -1,21 +1,29 @@
-//! Failing at a chosen step, for tests of the undo. Built only with the feature `fault-injection`, which no package
+//! Failing or dying at a chosen step, for tests of the undo and of the journal. Built only with the feature `fault-injection`, which no package
 //! turns on; otherwise the check below is nothing.
 
 use crate::failure::Failure;
 
-/// The file that says where to fail: lines of `STEP before` or `STEP after`. Named by this variable of the
-/// environment.
+/// The file that says where to fail: lines of `STEP before` or `STEP after`; with ` kill` behind it the agent dies there of
+/// SIGKILL, once: the file is removed first. Named by this variable of the environment.
 #[cfg(feature = "fault-injection")]
 const FAULT_FILE: &str = "TETHER_FAULT_FILE";
 
-/// Fails when the fault file names this step and moment.
+/// Fails or dies when the fault file names this step and moment.
 #[cfg(feature = "fault-injection")]
 pub(crate) fn check(step: &str, moment: &str) -> Result<(), Failure> {
     use crate::failure::Reason;
 
     let wanted = format!("{step} {moment}");
-    let faults =
-        std::env::var_os(FAULT_FILE).map(std::fs::read_to_string).and_then(Result::ok).unwrap_or_default();
+    let file = std::env::var_os(FAULT_FILE).unwrap_or_default();
+    let faults = std::fs::read_to_string(&file).unwrap_or_default();
+    if faults.lines().any(|line| line.trim() == format!("{wanted} kill"))
+        && std::fs::remove_file(&file).is_ok()
+    {
+        let own = nix::unistd::Pid::this();
+        if let Err(error) = nix::sys::signal::kill(own, nix::sys::signal::Signal::SIGKILL) {
+            tracing::error!(%error, "it does not die");
+        }
+    }
     if faults.lines().any(|line| line.trim() == wanted) {
         return Err(Failure::new(Reason::Internal, format!("planted fault {moment} {step}")));
     }

@@ -73,23 +73,20 @@ impl<R: Serialize + DeserializeOwned + Clone> Journal<R> {
             }
             let Some(key) = path.file_stem().and_then(|s| s.to_str()).filter(|_| extension == Some("json"))
             else {
-                // A temporary file of a write that was cut off: the record it was to replace is still whole.
-                fs::remove_file(&path).map_err(fail("removing", &path))?;
+                if extension == Some("tmp") {
+                    // Of a write that was cut off: the record it was to replace is still whole.
+                    fs::remove_file(&path).map_err(fail("removing", &path))?;
+                } else {
+                    tracing::warn!(file = %path.display(), "this is none of the journal's files, and is left where it is");
+                }
                 continue;
             };
-            let text = fs::read(&path).map_err(fail("reading", &path))?;
-            match serde_json::from_slice::<FileIn<R>>(&text) {
-                Ok(file) if file.version == VERSION => {
-                    records.insert(key.to_owned(), file.record);
+            let read = fs::read(&path).map_err(|error| format!("it cannot be read: {error}"));
+            match read.and_then(|text| parse::<R>(&text)) {
+                Ok(record) => {
+                    records.insert(key.to_owned(), record);
                 }
-                outcome => {
-                    let problem = match outcome {
-                        Ok(file) => format!("version {} and not {VERSION}", file.version),
-                        // The error's own text may quote the file, and with it a secret.
-                        Err(error) => {
-                            format!("not a record, line {} column {}", error.line(), error.column())
-                        }
-                    };
+                Err(problem) => {
                     let aside = path.with_extension("json.damaged");
                     fs::rename(&path, &aside).map_err(fail("setting aside", &path))?;
                     tracing::error!(file = %aside.display(), %problem, "damaged journal file set aside");
@@ -118,7 +115,8 @@ impl<R: Serialize + DeserializeOwned + Clone> Journal<R> {
     /// Puts a record in place of what was there. It is on disk when this returns. Blocks for two fsyncs.
     ///
     /// # Errors
-    /// When the file cannot be written; the old record then still stands.
+    /// When the file cannot be written; the old record then still stands. When only the directory cannot be synced, the new one
+    /// does, as on disk.
     pub fn put(&self, key: &str, record: &R) -> Result<(), JournalError> {
         let path = self.directory.join(format!("{key}.json"));
         let temporary = self.directory.join(format!("{key}.tmp"));
@@ -139,17 +137,16 @@ impl<R: Serialize + DeserializeOwned + Clone> Journal<R> {
         file.write_all(&text).map_err(fail("writing", &temporary))?;
         file.sync_all().map_err(fail("syncing", &temporary))?;
         fs::rename(&temporary, &path).map_err(fail("renaming", &temporary))?;
+        self.lock().insert(key.to_owned(), record.clone());
         File::open(&self.directory)
             .and_then(|directory| directory.sync_all())
-            .map_err(fail("syncing", &self.directory))?;
-        self.lock().insert(key.to_owned(), record.clone());
-        Ok(())
+            .map_err(fail("syncing", &self.directory))
     }
 
     /// Forgets a record, as if it had never been. It is gone from disk when this returns.
     ///
     /// # Errors
-    /// When the file cannot be removed; the record then still stands.
+    /// When the file cannot be removed; the record then still stands. When only the directory cannot be synced, it is gone.
     pub fn remove(&self, key: &str) -> Result<(), JournalError> {
         let path = self.directory.join(format!("{key}.json"));
         match fs::remove_file(&path) {
@@ -158,11 +155,10 @@ impl<R: Serialize + DeserializeOwned + Clone> Journal<R> {
             }
             _ => {}
         }
+        self.lock().remove(key);
         File::open(&self.directory)
             .and_then(|directory| directory.sync_all())
-            .map_err(|source| JournalError { action: "syncing", path: self.directory.clone(), source })?;
-        self.lock().remove(key);
-        Ok(())
+            .map_err(|source| JournalError { action: "syncing", path: self.directory.clone(), source })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, R>> {
@@ -171,9 +167,71 @@ impl<R: Serialize + DeserializeOwned + Clone> Journal<R> {
     }
 }
 
+/// A record, or what is wrong with the file.
+fn parse<R: DeserializeOwned>(text: &[u8]) -> Result<R, String> {
+    match serde_json::from_slice::<FileIn<R>>(text) {
+        Ok(file) if file.version == VERSION => Ok(file.record),
+        Ok(file) => Err(format!("version {} and not {VERSION}", file.version)),
+        // The error's own text may quote the file, and with it a secret.
+        Err(error) => Err(format!("not a record, line {} column {}", error.line(), error.column())),
+    }
+}
+
+/// One record of a journal that is not opened: for somebody who only looks. None when there is none, or it is damaged.
+///
+/// # Errors
+/// When its file cannot be read.
+pub fn look_up<R: DeserializeOwned>(directory: &Path, key: &str) -> std::io::Result<Option<R>> {
+    match fs::read(directory.join(format!("{key}.json"))) {
+        Ok(text) => Ok(parse(&text).ok()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The files in a journal's directory that cannot be understood, also those set aside before, each with what is wrong.
+/// Changes nothing; a directory that is not there has none.
+///
+/// # Errors
+/// When the directory or a file in it cannot be read.
+pub fn find_damaged<R: DeserializeOwned>(directory: &Path) -> std::io::Result<Vec<(PathBuf, String)>> {
+    let mut damaged = Vec::new();
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(damaged),
+        entries => entries?,
+    };
+    for entry in entries {
+        let path = entry?.path();
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("damaged") => damaged.push((path, "set aside by the agent".to_owned())),
+            Some("json") => match fs::read(&path) {
+                Ok(text) => damaged.extend(parse::<R>(&text).err().map(|problem| (path, problem))),
+                // The agent removed it meanwhile.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            },
+            _ => {}
+        }
+    }
+    damaged.sort();
+    Ok(damaged)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use tether_proto::mangled;
+
+    proptest! {
+        /// A damaged file is the record of its version or none, and what is wrong with it does not quote it (F44).
+        #[test]
+        fn a_damaged_file_is_told_without_its_content(text in mangled("{\n  \"version\": 1,\n  \"record\": \"canary-canary\"\n}\n")) {
+            if let Err(problem) = parse::<String>(text.as_bytes()) {
+                prop_assert!(!problem.contains("canary"), "{}", problem);
+            }
+        }
+    }
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
@@ -184,6 +242,8 @@ mod tests {
         journal.put("a", &"one".into()).unwrap();
         journal.put("a", &"two".into()).unwrap();
         drop(journal);
+        assert_eq!(look_up::<String>(&directory, "a").unwrap().as_deref(), Some("two"));
+        assert_eq!(look_up::<String>(&directory, "b").unwrap(), None);
         let journal = Journal::<String>::open(&directory).unwrap();
         assert_eq!(journal.get("a").as_deref(), Some("two"));
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
@@ -198,8 +258,11 @@ mod tests {
         fs::write(folder.path().join("good.tmp"), "{\"vers").unwrap();
         fs::write(folder.path().join("bad.json"), "{\"version\":1,").unwrap();
         fs::write(folder.path().join("new.json"), "{\"version\":9,\"record\":\"x\"}").unwrap();
+        assert_eq!(find_damaged::<String>(folder.path()).unwrap().len(), 2);
+        assert!(folder.path().join("bad.json").exists(), "looking changes nothing");
         for _ in 0..2 {
             let journal = Journal::<String>::open(folder.path()).unwrap();
+            assert_eq!(find_damaged::<String>(folder.path()).unwrap().len(), 2);
             assert_eq!(journal.list(), ["one"]);
             let mut damaged: Vec<_> = journal.damaged().iter().filter_map(|p| p.file_name()).collect();
             damaged.sort();

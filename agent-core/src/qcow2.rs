@@ -1,6 +1,13 @@
-//! The header of a qcow2 file that we made ourselves, checked (QEMU's docs/interop/qcow2.txt). Bytes in, size out; nothing
-//! is read here. This says whether a file that is recorded as qcow2 is still what we made. It never decides what a file
-//! is (F4): a raw volume is never looked into.
+//! qcow2 files that we make ourselves: the command lines of qemu-img, and the header checked (QEMU's
+//! docs/interop/qcow2.txt). Nothing is read or run here. The check says whether a file that is recorded as qcow2 is still
+//! what we made. It never decides what a file is (F4): a raw volume is never looked into.
+
+use std::path::Path;
+
+use crate::command::CommandLine;
+
+const QEMU_IMG: &str = "/usr/bin/qemu-img";
+const SYSTEMD_RUN: &str = "/usr/bin/systemd-run";
 
 /// How much of the file's beginning is needed, in bytes.
 pub const HEADER_LENGTH: usize = 80;
@@ -8,6 +15,33 @@ const MAGIC: &[u8] = b"QFI\xfb";
 const VERSION: u32 = 3;
 /// "Incompatible features", bit 2: the guest's bytes are in another file.
 const EXTERNAL_DATA_FILE: u64 = 1 << 2;
+
+/// Writes an empty image into a file that is there, as a user who may write to it: owner and mode stay. It is not killed: an
+/// agent in its unit cannot end another user's processes.
+pub fn create(path: &Path, bytes: u64, (uid, gid): (u32, u32)) -> CommandLine {
+    let tool = CommandLine::new(QEMU_IMG).args(["create", "-q", "-f", "qcow2"]);
+    tool.arg(path).arg(bytes.to_string()).user(uid, gid).never_kill()
+}
+
+/// Makes an image larger that no QEMU has open. Not as root: a hypervisor may have written to the file since its header was
+/// checked, and let it lead to another file. It is not killed half way.
+pub fn resize(path: &Path, bytes: u64, (uid, gid): (u32, u32)) -> CommandLine {
+    resize_with(CommandLine::new(QEMU_IMG), path, bytes).user(uid, gid)
+}
+
+/// The same by an agent that cannot become another user: systemd starts qemu-img as the user of that name, with no rights
+/// and no network.
+pub fn resize_by_systemd(path: &Path, bytes: u64, user: &str) -> CommandLine {
+    let tool = CommandLine::new(SYSTEMD_RUN)
+        .args(["--quiet", "--pipe", "--wait", "--collect", "--service-type=exec", "--setenv=LC_ALL=C"])
+        .args(["--property=NoNewPrivileges=yes", "--property=CapabilityBoundingSet="])
+        .args(["--property=RestrictAddressFamilies=AF_UNIX", "--uid", user, "--", QEMU_IMG]);
+    resize_with(tool, path, bytes)
+}
+
+fn resize_with(tool: CommandLine, path: &Path, bytes: u64) -> CommandLine {
+    tool.args(["resize", "-q", "-f", "qcow2"]).arg(path).arg(bytes.to_string()).never_kill()
+}
 
 /// The size that the guest sees, in bytes.
 ///

@@ -1,19 +1,20 @@
-//! The doors: mTLS on TCP, and a Unix socket for root on the host. Serves one set of gRPC services on both.
+//! Serves one set of gRPC services on two doors: mTLS on TCP, and a Unix socket on the host. All limits on what a client can
+//! take stand here.
 //!
-//! A connection that has not finished its handshake costs a task with a deadline and a place in a bounded set; when all
-//! places are taken, further connections are dropped. Not here: what the services do, and what the certificates must be (`tls`).
+//! Strangers are everybody before the end of the handshake. They have places of their own, with a deadline; when there are too
+//! many of them, one of those that are most goes (`server/places`). Whoever is let in takes a place among the
+//! connections, of which one client cannot have all. Every call then passes the gate. Not here: the doors themselves
+//! (`server/doors`), what the services do, what the certificates must be (`tls`), and who may do what (`roles`, `gate`).
+
+mod connection;
+mod doors;
+mod places;
 
 use std::any::Any;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
+use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -23,18 +24,38 @@ use tonic::transport::Server as GrpcServer;
 use tower::layer::util::{Identity, Stack};
 use tower_http::catch_panic::CatchPanicLayer;
 
+use crate::audit::Refusals;
 use crate::config::{ConfigError, Danger, Server};
 use crate::failure::{Failure, Reason};
-use crate::tls;
+use crate::gate::GateLayer;
+use crate::tls::Tls;
+use doors::Doors;
 
 /// How long a client may take for its TLS handshake.
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
-/// How many handshakes may be under way at once.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+/// How many handshakes may be under way at once. With the connections on both doors they are well below the 1024 file
+/// descriptors that systemd gives a service.
 const HANDSHAKES: usize = 256;
+/// How many connections may be open over TCP.
+const CONNECTIONS: usize = 384;
+/// How many of those whose certificate has no role may be open beside them.
+const CONNECTIONS_WITHOUT_ROLE: usize = 8;
+/// How many of them one client may have: one certificate's name.
+const CONNECTIONS_OF_ONE: usize = 128;
+/// How many connections may be open on the Unix socket; they take nothing from those over TCP, nor these from them.
+const LOCAL_CONNECTIONS: usize = 128;
+/// How many of them one user may have.
+const LOCAL_CONNECTIONS_OF_ONE: usize = 64;
+/// How many calls one connection may have under way, those that watch included.
+const STREAMS: u32 = 256;
+/// How many bytes of a call's request are taken before somebody reads them.
+const STREAM_WINDOW: u32 = 64 * 1024;
+/// The same of all calls of a connection together.
+const CONNECTION_WINDOW: u32 = 256 * 1024;
+/// The largest header list of a call, in bytes.
+const HEADERS: u32 = 16 * 1024;
 /// How long calls under way may take to end once the agent is told to stop.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
-/// After the accept loop fails (no file descriptors), how long until it tries again.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Why the agent cannot be reached.
 #[derive(Debug, thiserror::Error)]
@@ -67,41 +88,45 @@ pub async fn serve(
     shutdown: CancellationToken,
     ready: impl FnOnce(),
 ) -> Result<(), ServerError> {
-    let local = listen_unix(&server.socket)?;
+    let doors = Doors::new(server.roles.clone(), shutdown.clone());
+    let local = doors::listen_unix(&server.socket, server.roles.name_users())?;
     let tcp = match server.listen {
         None => None,
         Some(address) => {
             let listener = TcpListener::bind(address)
                 .await
                 .map_err(|source| ServerError::Listen { place: address.to_string(), source })?;
-            let acceptor = if danger.plaintext {
-                tracing::warn!(%address, "[danger] plaintext is on: whoever reaches this port gets in");
+            let tls = if danger.plaintext {
+                tracing::warn!(%address, "[danger] plaintext is on: whoever reaches this port gets in, as a controller");
                 None
             } else {
-                Some(TlsAcceptor::from(tls::server_config(server)?))
+                Some(Tls::load(server)?)
             };
-            Some((listener, acceptor))
+            // The port may be of the system's choice.
+            if let Ok(address) = listener.local_addr() {
+                tracing::info!(%address, "listening");
+            }
+            Some((listener, tls))
         }
     };
     ready();
-    let local = grpc().add_routes(routes.clone()).serve_with_incoming_shutdown(
-        ReceiverStream::new(accept_unix(local, shutdown.clone())),
-        shutdown.clone().cancelled_owned(),
-    );
+    let grpc = || grpc(doors.refusals.clone()).add_routes(routes.clone());
+    let stop = || shutdown.clone().cancelled_owned();
+    let local =
+        grpc().serve_with_incoming_shutdown(ReceiverStream::new(doors.clone().accept_unix(local)), stop());
     let remote = async {
-        let stop = shutdown.clone().cancelled_owned();
         match tcp {
             None => {
-                stop.await;
+                stop().await;
                 Ok(())
             }
             Some((listener, None)) => {
-                let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-                grpc().add_routes(routes).serve_with_incoming_shutdown(incoming, stop).await
+                let incoming = ReceiverStream::new(doors.clone().accept_plaintext(listener));
+                grpc().serve_with_incoming_shutdown(incoming, stop()).await
             }
-            Some((listener, Some(acceptor))) => {
-                let incoming = ReceiverStream::new(accept_tls(listener, acceptor, shutdown.clone()));
-                grpc().add_routes(routes).serve_with_incoming_shutdown(incoming, stop).await
+            Some((listener, Some(tls))) => {
+                let incoming = ReceiverStream::new(doors.clone().accept_tls(listener, tls));
+                grpc().serve_with_incoming_shutdown(incoming, stop()).await
             }
         }
     };
@@ -117,13 +142,19 @@ pub async fn serve(
     Ok(())
 }
 
-fn grpc() -> GrpcServer<Stack<CatchPanicLayer<Panicked>, Identity>> {
+type Layers = Stack<GateLayer, Stack<CatchPanicLayer<Panicked>, Identity>>;
+
+fn grpc(refusals: Refusals) -> GrpcServer<Layers> {
     GrpcServer::builder()
         // A panic in a handler is an answer, and not a dead connection for all the others on it.
         .layer(CatchPanicLayer::custom(panicked as Panicked))
+        .layer(GateLayer(refusals))
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .max_concurrent_streams(Some(256))
+        .max_concurrent_streams(Some(STREAMS))
+        .initial_stream_window_size(Some(STREAM_WINDOW))
+        .initial_connection_window_size(Some(CONNECTION_WINDOW))
+        .http2_max_header_list_size(Some(HEADERS))
 }
 
 type Panicked = fn(Box<dyn Any + Send>) -> http::Response<Body>;
@@ -131,112 +162,4 @@ type Panicked = fn(Box<dyn Any + Send>) -> http::Response<Body>;
 fn panicked(_: Box<dyn Any + Send>) -> http::Response<Body> {
     let failure = Failure::new(Reason::Internal, "the agent's handler died of a panic");
     tonic::Status::from(failure).into_http()
-}
-
-/// A socket file that only its owner may open. One that nobody listens on any more is replaced.
-fn listen_unix(path: &Path) -> Result<UnixListener, ServerError> {
-    let fail = |source| ServerError::Listen { place: path.display().to_string(), source };
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(fail)?;
-    }
-    match std::os::unix::net::UnixStream::connect(path) {
-        Ok(_) => {
-            return Err(fail(io::Error::new(
-                io::ErrorKind::AddrInUse,
-                "another agent listens there already",
-            )));
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => {
-            // A socket that nobody listens on is left by an agent that was killed; anything else is not ours to remove.
-            let kind = std::fs::symlink_metadata(path).map_err(fail)?.file_type();
-            if !std::os::unix::fs::FileTypeExt::is_socket(&kind) {
-                return Err(fail(error));
-            }
-            std::fs::remove_file(path).map_err(fail)?;
-        }
-    }
-    let listener = UnixListener::bind(path).map_err(fail)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
-    Ok(listener)
-}
-
-/// Takes connections of root and of the agent's own user; others are dropped.
-fn accept_unix(
-    listener: UnixListener,
-    shutdown: CancellationToken,
-) -> mpsc::Receiver<io::Result<tokio::net::UnixStream>> {
-    let (sender, receiver) = mpsc::channel(16);
-    tokio::spawn(async move {
-        let own = nix::unistd::geteuid().as_raw();
-        loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = shutdown.cancelled() => return,
-            };
-            match accepted.and_then(|(stream, _)| Ok((stream.peer_cred()?.uid(), stream))) {
-                Ok((uid, stream)) if uid == 0 || uid == own => {
-                    if sender.send(Ok(stream)).await.is_err() {
-                        return;
-                    }
-                }
-                Ok((uid, _)) => tracing::warn!(uid, "local caller is not root: refused"),
-                Err(error) => pause(&error, &shutdown).await,
-            }
-        }
-    });
-    receiver
-}
-
-type TlsStream = tokio_rustls::server::TlsStream<tokio::net::TcpStream>;
-
-fn accept_tls(
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    shutdown: CancellationToken,
-) -> mpsc::Receiver<io::Result<TlsStream>> {
-    let (sender, receiver) = mpsc::channel(16);
-    let places = Arc::new(Semaphore::new(HANDSHAKES));
-    tokio::spawn(async move {
-        loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = shutdown.cancelled() => return,
-            };
-            let (stream, peer) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    pause(&error, &shutdown).await;
-                    continue;
-                }
-            };
-            let Ok(place) = places.clone().try_acquire_owned() else {
-                tracing::warn!(%peer, "too many handshakes under way: dropped");
-                continue;
-            };
-            let (acceptor, sender) = (acceptor.clone(), sender.clone());
-            tokio::spawn(async move {
-                let _place = place;
-                if let Err(error) = stream.set_nodelay(true) {
-                    tracing::debug!(%peer, %error, "no TCP_NODELAY");
-                }
-                match timeout(HANDSHAKE_DEADLINE, acceptor.accept(stream)).await {
-                    // The server is going down when nobody takes the connection.
-                    Ok(Ok(stream)) => drop(sender.send(Ok(stream)).await),
-                    Ok(Err(error)) => tracing::warn!(%peer, %error, "TLS handshake refused"),
-                    Err(_) => tracing::warn!(%peer, "TLS handshake took too long"),
-                }
-            });
-        }
-    });
-    receiver
-}
-
-/// accept(2) fails when file descriptors run out; trying again at once would only burn the processor.
-async fn pause(error: &io::Error, shutdown: &CancellationToken) {
-    tracing::error!(%error, "accept failed");
-    // The pause ends by itself: there is no event for "a descriptor is free again".
-    if timeout(ACCEPT_PAUSE, shutdown.cancelled()).await.is_ok() {
-        tracing::debug!("shutdown while paused");
-    }
 }

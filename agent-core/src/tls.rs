@@ -1,16 +1,107 @@
-//! Who gets in over TCP: TLS 1.3 with a client certificate of our authority (rule 12). Not here: the accept loop.
+//! Who gets in over TCP: TLS 1.3 with a client certificate of our authority (rule 12). The files of it are looked at before
+//! each handshake and loaded anew when they have changed. Not here: the accept loop, and what a client may do (`roles`).
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::{AlertDescription, CertificateError};
 
 use crate::config::{ConfigError, Server};
+
+/// The TLS server's config as the files have it now.
+#[derive(Debug)]
+pub(crate) struct Tls {
+    server: Server,
+    loaded: Mutex<Loaded>,
+}
+
+#[derive(Debug)]
+struct Loaded {
+    /// What the files were when they were looked at last.
+    seen: Vec<Option<Stamp>>,
+    config: Arc<rustls::ServerConfig>,
+}
+
+/// What changes of a file when it is written, replaced, or gets another mode: device, inode, size, time of the change.
+type Stamp = (u64, u64, u64, i64, i64);
+
+impl Tls {
+    /// Loads the files.
+    ///
+    /// # Errors
+    /// As [`server_config`].
+    pub(crate) fn load(server: &Server) -> Result<Self, ConfigError> {
+        // Before the files are read: a change meanwhile is seen the next time.
+        let seen = stamps(server);
+        let config = server_config(server)?;
+        Ok(Self { server: server.clone(), loaded: Mutex::new(Loaded { seen, config }) })
+    }
+
+    /// The config for a new connection. Files that changed are loaded; when they cannot be used, what was loaded before stays,
+    /// and the log says why. Connections that are open keep what they began with.
+    pub(crate) fn current(&self) -> Arc<rustls::ServerConfig> {
+        // A load changes nothing before it has succeeded: a panic cannot leave it half done.
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = stamps(&self.server);
+        if seen != loaded.seen {
+            loaded.seen = seen;
+            match server_config(&self.server) {
+                Ok(config) => {
+                    loaded.config = config;
+                    tracing::info!("certificate, key and authority changed and are loaded anew");
+                }
+                Err(error) => tracing::error!(
+                    %error,
+                    "certificate, key or authority changed and cannot be used: the ones from before stay until this is mended"
+                ),
+            }
+        }
+        loaded.config.clone()
+    }
+}
+
+fn stamps(server: &Server) -> Vec<Option<Stamp>> {
+    let stamp = |path: &std::path::PathBuf| {
+        let file = std::fs::metadata(path).ok()?;
+        Some((file.dev(), file.ino(), file.size(), file.ctime(), file.ctime_nsec()))
+    };
+    [&server.ca, &server.certificate, &server.key].into_iter().map(|path| stamp(path.as_ref()?)).collect()
+}
+
+/// Why a handshake failed: a word for the audit. Nothing when the client only went away.
+pub(crate) fn refusal(error: &io::Error) -> Option<&'static str> {
+    use CertificateError as Bad;
+    let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
+        return match error.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => None,
+            _ => Some("HANDSHAKE_FAILED"),
+        };
+    };
+    Some(match error {
+        rustls::Error::NoCertificatesPresented => "NO_CERTIFICATE",
+        rustls::Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature) => "UNKNOWN_AUTHORITY",
+        rustls::Error::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. }) => "CERTIFICATE_EXPIRED",
+        rustls::Error::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. }) => {
+            "CERTIFICATE_NOT_YET_VALID"
+        }
+        rustls::Error::InvalidCertificate(Bad::InvalidPurpose | Bad::InvalidPurposeContext { .. }) => {
+            "CERTIFICATE_NOT_A_CLIENTS"
+        }
+        rustls::Error::InvalidCertificate(_) => "CERTIFICATE_UNUSABLE",
+        rustls::Error::InvalidMessage(_) | rustls::Error::InappropriateMessage { .. } => "NO_TLS",
+        rustls::Error::PeerIncompatible(_) => "TLS_VERSION",
+        // It was the client that refused us: another authority or another name than it expected, or an expired certificate.
+        rustls::Error::AlertReceived(AlertDescription::ProtocolVersion) => "TLS_VERSION",
+        rustls::Error::AlertReceived(_) => "AGENT_CERTIFICATE_REFUSED",
+        _ => "HANDSHAKE_FAILED",
+    })
+}
 
 /// Makes the TLS server's config from the files that the agent's config names.
 ///
@@ -49,6 +140,9 @@ pub fn server_config(server: &Server) -> Result<Arc<rustls::ServerConfig>, Confi
         .with_single_cert(chain, key)
         .map_err(|error| unusable("server.certificate", certificate_path, &error.to_string()))?;
     config.alpn_protocols = vec![b"h2".to_vec()];
+    // A session that is resumed would pass by the certificate, which may have expired or lost its authority meanwhile.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
 }
 
@@ -61,7 +155,8 @@ fn required<'a>(key: &str, path: Option<&'a Path>) -> Result<&'a Path, ConfigErr
     })
 }
 
-fn certificates(key: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, ConfigError> {
+/// All certificates of a PEM file.
+pub(crate) fn certificates(key: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, ConfigError> {
     let text = std::fs::read(path).map_err(|error| unreadable(key, path, &error))?;
     let certificates = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<Vec<_>, _>>()
@@ -81,5 +176,5 @@ fn unreadable(key: &str, path: &Path, error: &io::Error) -> ConfigError {
 }
 
 fn unusable(key: &str, path: &Path, problem: &str) -> ConfigError {
-    ConfigError::value(key, format!("{} cannot be used: {problem}", path.display()))
+    ConfigError::File { key: key.to_owned(), path: path.to_owned(), problem: problem.to_owned() }
 }

@@ -6,15 +6,17 @@
 //! before: a disk that a guest uses is not taken away because a repair failed.
 
 use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::force::Force;
 use tether_agent_core::steps::Steps;
 use tether_proto::wire::{AttachmentStatus, Outcome};
 use tether_proto::{AccessMode, AttachmentId, ByteSize, ConnectionInfo, DiskOptions, DomainName, Transport};
-use virt::error::ErrorNumber;
 
 use crate::attachments::{Attachments, Views};
+use crate::detach::buffered;
 use crate::hypervisor::domain_xml::{DiskKind, DiskPlan, PlaceError, alias_of, choose_place, disk_element};
-use crate::hypervisor::libvirt::{Affect, DomainState, LibvirtError};
+use crate::hypervisor::libvirt::{Affect, DomainState, LibvirtError, is_lost_connection};
 use crate::record::{Attachment, AttachmentRecord, Phase};
+use crate::sizes::Sizes;
 
 impl Attachments {
     /// Attaches, or finds that it is done, or finishes what was begun.
@@ -26,6 +28,7 @@ impl Attachments {
         connection: ConnectionInfo,
         options: DiskOptions,
     ) -> Result<(Outcome, AttachmentStatus), Failure> {
+        steps.about_domain(&domain);
         let size = connection.size;
         let recorded = self.journal.get(&id.to_string());
         if let Some(record) = &recorded {
@@ -40,7 +43,8 @@ impl Attachments {
         check_domain(id, &attachment, &state)?;
         let fresh = phase.is_none();
         if fresh {
-            self.check_journal()?;
+            self.check_journal("this attachment's").map_err(|failure| failure.at("validate"))?;
+            check_cache(&attachment)?;
         }
         self.claim(id, &attachment)?;
         if fresh
@@ -56,8 +60,7 @@ impl Attachments {
             if fresh {
                 // The turn at the share ends when the record is on disk: whoever counts its users then counts this one.
                 let _turn = self.choose_mount(steps, id, &mut attachment).await?;
-                let record =
-                    AttachmentRecord { id, phase: Phase::Attaching, attachment: Some(attachment.clone()) };
+                let record = AttachmentRecord::new(id, Phase::Attaching, &attachment);
                 self.write(steps, "write-journal", &record).await?;
             }
             let known = Known {
@@ -65,12 +68,12 @@ impl Attachments {
                 in_live: Views::of(&state)?.in_live(id),
                 phase: phase.unwrap_or(Phase::Attaching),
                 size,
+                may_be_larger: false,
             };
             let recorded_size = attachment.connection.size;
             let (changed, views) = self.converge(steps, id, &mut attachment, known).await?;
             if phase != Some(Phase::Attached) || attachment.connection.size != recorded_size {
-                let record =
-                    AttachmentRecord { id, phase: Phase::Attached, attachment: Some(attachment.clone()) };
+                let record = AttachmentRecord::new(id, Phase::Attached, &attachment);
                 self.write(steps, "close-journal", &record).await?;
             }
             Ok((changed, self.status(id, Phase::Attached, &attachment, &views)?))
@@ -142,7 +145,7 @@ impl Attachments {
         let element = disk_element(&plan).map_err(|error| Failure::from(error).at("plan-disk"))?;
         attachment.plan = Some(plan);
         // Where the disk goes is on disk before it goes there: whoever takes it away later knows that it was plugged in.
-        let record = AttachmentRecord { id, phase, attachment: Some(attachment.clone()) };
+        let record = AttachmentRecord::new(id, phase, attachment);
         self.write(steps, "write-plan", &record).await?;
         let turn = steps
             .run("hot-plug", async {
@@ -219,7 +222,8 @@ impl Attachments {
             }
             return self.forget(steps, id, failure).await;
         }
-        if let Err(error) = self.take_away(steps, id, &attachment, self.guest_deadline).await {
+        let undone = self.take_away(steps, id, &attachment, self.guest_deadline, &mut Force::off()).await;
+        if let Err(error) = undone {
             let step = error.step.unwrap_or("undo");
             failure.undo.push(format!("{step}: {error}"));
             return failure;
@@ -250,6 +254,15 @@ pub(crate) struct Known {
     pub(crate) phase: Phase,
     /// The volume's size as this call says it; the record may be older than an extension.
     pub(crate) size: ByteSize,
+    /// Nobody has said the size anew: the volume may have been extended since it was recorded.
+    pub(crate) may_be_larger: bool,
+}
+
+impl Known {
+    /// The sizes that the volume may have, when the record says this one.
+    pub(crate) fn sizes(&self, recorded: ByteSize) -> Sizes {
+        Sizes { any_of: [recorded, self.size], or_larger: self.may_be_larger }
+    }
 }
 
 /// A volume that this host is connected to and that was compared with what the storage host said (rule 1).
@@ -263,12 +276,6 @@ pub(crate) struct HostDisk {
     pub(crate) size: ByteSize,
     /// Something had to be done to connect it.
     pub(crate) connected: bool,
-}
-
-/// Did the connection to libvirt break during a call?
-pub(crate) fn is_lost_connection(code: ErrorNumber) -> bool {
-    use ErrorNumber::{GnutlsError, InvalidConn, NoConnect, OperationTimeout, Rpc, SystemError};
-    matches!(code, GnutlsError | InvalidConn | NoConnect | OperationTimeout | Rpc | SystemError)
 }
 
 /// Nobody knows whether it was done, or will be.
@@ -302,6 +309,22 @@ fn check_domain(id: AttachmentId, attachment: &Attachment, state: &DomainState) 
         .map_err(|error| no_place(&error).at("validate"))
 }
 
+/// What one host keeps in its cache the others do not see.
+fn check_cache(attachment: &Attachment) -> Result<(), Failure> {
+    if !attachment.connection.multi_attach || !buffered(attachment.options.cache) {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Reason::InvalidArgument,
+        format!(
+            "cache: a multi_attach volume is not cached by its hosts, got {}",
+            attachment.options.cache.as_str()
+        ),
+    )
+    .at("validate")
+    .next("attach it with cache none or directsync"))
+}
+
 /// Where the disk goes, and all that its element says. A disk that is in one face already has the same place in the
 /// other.
 fn plan(
@@ -333,6 +356,7 @@ fn plan(
         kind: disk.kind,
         serial: attachment.serial(),
         read_only: attachment.connection.access_mode == AccessMode::ReadOnly,
+        shareable: attachment.connection.multi_attach,
         target_device,
         address,
     })

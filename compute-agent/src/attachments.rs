@@ -20,6 +20,7 @@ use std::time::Duration;
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::journal::Journal;
 use tether_agent_core::operations::Operations;
+use tether_agent_core::reconcile::TombstoneDays;
 use tether_agent_core::steps::Steps;
 use tether_proto::wire::{self, OperationReport};
 use tether_proto::{AttachmentId, ByteSize, ConnectionInfo, Connector, DiskOptions, DomainName, Transport};
@@ -35,6 +36,9 @@ use crate::kernel_events::KernelEvents;
 use crate::mount::{Mounts, State};
 use crate::record::{Attachment, AttachmentRecord, Phase};
 
+/// How long a connector waits for the hypervisor's versions: they are nice to know, and no more.
+const VERSIONS_DEADLINE: Duration = Duration::from_secs(3);
+
 /// All attachments of this agent.
 pub(crate) struct Attachments {
     pub(crate) journal: Arc<Journal<AttachmentRecord>>,
@@ -46,6 +50,7 @@ pub(crate) struct Attachments {
     pub(crate) by_id: PathBuf,
     pub(crate) mounts: Mounts,
     pub(crate) guest_deadline: Duration,
+    pub(crate) tombstones: TombstoneDays,
     claims: Mutex<HashMap<String, AttachmentId>>,
     mount_users: Mutex<HashMap<PathBuf, BTreeSet<AttachmentId>>>,
     iscsi_version: OnceCell<String>,
@@ -99,7 +104,8 @@ impl Attachments {
             Failure::new(Reason::Internal, format!("the kernel's events cannot be read: {error}"))
         })?;
         // Before the journal: who makes the state directory decides who may pass through it, and QEMU must.
-        let mounts = Mounts::open(&config.state_directory, &config.nfs)?;
+        let operations = Operations::default();
+        let mounts = Mounts::open(&config.state_directory, &config.nfs, operations.stuck().clone())?;
         let journal = Journal::<AttachmentRecord>::open(&config.state_directory.join("attachments"))?;
         let mut claims = HashMap::new();
         let mut mount_users = HashMap::<PathBuf, BTreeSet<AttachmentId>>::new();
@@ -113,7 +119,7 @@ impl Attachments {
         }
         Ok(Self {
             journal: Arc::new(journal),
-            operations: Operations::default(),
+            operations,
             libvirt: Libvirt::new(&config.libvirt_uri)?,
             events,
             sysfs: Sysfs::at("/sys"),
@@ -121,6 +127,7 @@ impl Attachments {
             by_id: device::BY_ID.into(),
             mounts,
             guest_deadline: Duration::from_millis(config.guest_deadline_milliseconds),
+            tombstones: config.tombstone_days,
             claims: Mutex::new(claims),
             mount_users: Mutex::new(mount_users),
             iscsi_version: OnceCell::new(),
@@ -136,7 +143,7 @@ impl Attachments {
     pub(crate) async fn connector(&self) -> Result<Connector, Failure> {
         let version = async || iscsi::version().await.ok_or(());
         let iscsi_version = self.iscsi_version.get_or_try_init(version).await.ok();
-        connector::read(iscsi_version.cloned(), self.libvirt.versions().await)
+        connector::read(iscsi_version.cloned(), self.libvirt.versions(VERSIONS_DEADLINE).await)
     }
 
     /// Plugs an export into a domain.
@@ -163,13 +170,15 @@ impl Attachments {
         self: &Arc<Self>,
         id: AttachmentId,
         guest_deadline: Option<Duration>,
-    ) -> Result<OperationReport, Failure> {
+        force: bool,
+    ) -> Result<(OperationReport, Vec<String>), Failure> {
         let this = self.clone();
         let guest_deadline = guest_deadline.unwrap_or(self.guest_deadline);
+        let request = if force { "force" } else { "" };
         self.operations
-            .run(&id.to_string(), "detach", String::new(), move |steps| async move {
-                let outcome = this.do_detach(&steps, id, guest_deadline).await?;
-                Ok(steps.report(outcome))
+            .run(&id.to_string(), "detach", request.to_owned(), move |steps| async move {
+                let (outcome, may_be_lost) = this.do_detach(&steps, id, guest_deadline, force).await?;
+                Ok((steps.report(outcome), may_be_lost))
             })
             .await
     }
@@ -200,10 +209,16 @@ impl Attachments {
         };
         let Some(attachment) = &record.attachment else {
             let phase = record.phase.as_str().to_owned();
-            return Ok(wire::AttachmentStatus { attachment_id: id.to_string(), phase, ..Default::default() });
+            let (attachment_id, may_be_lost) = (id.to_string(), record.may_be_lost);
+            return Ok(wire::AttachmentStatus { attachment_id, phase, may_be_lost, ..Default::default() });
         };
         let views = self.views_of(attachment).await?;
         self.status(id, record.phase, attachment, &views)
+    }
+
+    /// What is recorded of an attachment that has not ended.
+    pub(crate) fn recorded(&self, id: AttachmentId) -> Option<Attachment> {
+        self.journal.get(&id.to_string())?.attachment
     }
 
     /// All attachments that have not ended, by id. Each domain is read once.
@@ -263,13 +278,12 @@ impl Attachments {
 
     /// A damaged file may be the record of any attachment that we do not know: until somebody has looked, none of those is
     /// taken for new or for gone.
-    pub(crate) fn check_journal(&self) -> Result<(), Failure> {
+    pub(crate) fn check_journal(&self, whose: &str) -> Result<(), Failure> {
         let Some(file) = self.journal.damaged().first() else { return Ok(()) };
         Err(Failure::new(
             Reason::JournalFailed,
-            format!("the journal has a damaged file, {}, which may be this attachment's", file.display()),
+            format!("the journal has a damaged file, {}, which may be {whose}", file.display()),
         )
-        .at("validate")
         .next("repair the file or, when its disk is in no domain and its session is gone, delete it; then restart the agent"))
     }
 
@@ -345,6 +359,7 @@ impl Attachments {
             transport: wire::Transport::from(&connection.transport).into(),
             share,
             format: wire::VolumeFormat::from(connection.transport.format()).into(),
+            may_be_lost: Vec::new(),
         })
     }
 }

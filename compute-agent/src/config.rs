@@ -1,11 +1,14 @@
 //! The compute agent's config file, with every default.
 
 use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Component, PathBuf};
 
 use serde::Deserialize;
-use tether_agent_core::config::{ConfigError, Danger, Server};
+use tether_agent_core::config::{ConfigError, Danger, Metrics, Server};
 use tether_agent_core::daemon::AgentConfig;
+use tether_agent_core::reconcile::TombstoneDays;
+use tether_agent_core::roles::Roles;
 
 /// `compute-agent.toml`.
 #[derive(Debug, Clone, Deserialize)]
@@ -14,6 +17,9 @@ pub(crate) struct Config {
     /// Where the agent keeps its journal.
     #[serde(default = "default_state_directory")]
     pub(crate) state_directory: PathBuf,
+    /// For how many days ended attachments are remembered, so that a late call finds its id spent.
+    #[serde(default)]
+    pub(crate) tombstone_days: TombstoneDays,
     /// libvirt's URI.
     #[serde(default = "default_libvirt_uri")]
     pub(crate) libvirt_uri: String,
@@ -26,6 +32,9 @@ pub(crate) struct Config {
     /// How shares are mounted.
     #[serde(default)]
     pub(crate) nfs: Nfs,
+    /// Where metrics are told.
+    #[serde(default = "default_metrics")]
+    pub(crate) metrics: Metrics,
     /// What nobody should need.
     #[serde(default)]
     pub(crate) danger: Danger,
@@ -120,6 +129,10 @@ fn default_guest_deadline_milliseconds() -> u64 {
     20_000
 }
 
+fn default_metrics() -> Metrics {
+    Metrics { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7442)) }
+}
+
 fn default_server() -> Server {
     Server {
         listen: None,
@@ -127,6 +140,7 @@ fn default_server() -> Server {
         certificate: None,
         key: None,
         ca: None,
+        roles: Roles::default(),
     }
 }
 
@@ -172,11 +186,26 @@ impl AgentConfig for Config {
     fn danger(&self) -> Danger {
         self.danger
     }
+
+    fn metrics(&self) -> SocketAddr {
+        self.metrics.listen
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use tether_proto::mangled;
+
+    proptest! {
+        #[test]
+        fn a_damaged_config_is_refused_or_checked(text in mangled(include_str!("../../packaging/examples/compute-agent.toml"))) {
+            if let Ok(config) = toml::from_str::<Config>(&text) {
+                drop(config.check());
+            }
+        }
+    }
 
     #[test]
     fn an_empty_config_is_enough_on_the_host_itself() {

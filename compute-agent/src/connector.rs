@@ -8,7 +8,8 @@ use tether_proto::{Connector, Iqn};
 
 use crate::hypervisor::libvirt::LibvirtError;
 
-const INITIATOR_NAME: &str = "/etc/iscsi/initiatorname.iscsi";
+/// Where open-iscsi keeps the name of this host.
+pub(crate) const INITIATOR_NAME: &str = "/etc/iscsi/initiatorname.iscsi";
 
 /// Reads the connector. A libvirt that is away leaves its versions out: the export does not need them.
 pub(crate) fn read(
@@ -44,7 +45,7 @@ pub(crate) fn read(
 }
 
 /// `InitiatorName=iqn…`, with comments and other lines around it.
-fn parse_initiator_name(text: &str) -> Result<Iqn, String> {
+pub(crate) fn parse_initiator_name(text: &str) -> Result<Iqn, String> {
     let mut names = text.lines().filter_map(|line| line.trim().strip_prefix("InitiatorName=")).map(str::trim);
     match (names.next(), names.next()) {
         (Some(name), None) => name.parse().map_err(|error: tether_proto::ParseError| error.to_string()),
@@ -77,6 +78,17 @@ fn addresses() -> Vec<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use tether_proto::mangled;
+
+    proptest! {
+        #[test]
+        fn a_damaged_initiator_name_is_refused_or_legal(text in mangled("# name\nInitiatorName=iqn.1993-08.org.debian:01:ab\n")) {
+            if let Ok(name) = parse_initiator_name(&text) {
+                prop_assert!(name.as_str().parse::<Iqn>().is_ok());
+            }
+        }
+    }
 
     #[test]
     fn the_initiator_name_is_read_as_debian_writes_it() {

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::force::Force;
 use tether_agent_core::steps::Steps;
 use tether_proto::wire::Outcome;
 use tether_proto::{AttachmentId, DiskCache, Transport};
@@ -26,51 +27,78 @@ impl Attachments {
         steps: &Steps,
         id: AttachmentId,
         guest_deadline: Duration,
-    ) -> Result<Outcome, Failure> {
+        force: bool,
+    ) -> Result<(Outcome, Vec<String>), Failure> {
         let recorded = self.journal.get(&id.to_string());
-        let Some(AttachmentRecord { phase, attachment: Some(attachment), .. }) = recorded else {
+        let Some(AttachmentRecord { phase, attachment: Some(attachment), forced, may_be_lost, .. }) =
+            recorded
+        else {
             if recorded.is_none() {
-                self.check_journal()?;
+                self.check_journal("this attachment's").map_err(|failure| failure.at("validate"))?;
                 // A late Attach with this id must find it spent (rule 3).
                 self.write(steps, "write-journal", &AttachmentRecord::ended(id)).await?;
             }
             self.release(id);
-            return Ok(Outcome::Unchanged);
+            return Ok((Outcome::Unchanged, recorded.map(|record| record.may_be_lost).unwrap_or_default()));
         };
-        if phase != Phase::Detaching {
-            let record =
-                AttachmentRecord { id, phase: Phase::Detaching, attachment: Some(attachment.clone()) };
+        steps.about_domain(&attachment.domain_name);
+        let mut force = Force::new(force || forced, may_be_lost);
+        if phase != Phase::Detaching || force.is_on() != forced {
+            let record = AttachmentRecord::new(id, Phase::Detaching, &attachment).forced_by(&force);
             self.write(steps, "write-journal", &record).await?;
         }
-        self.take_away(steps, id, &attachment, guest_deadline).await?;
-        let closed = self.write(steps, "close-journal", &AttachmentRecord::ended(id)).await;
+        let taken = self.take_away(steps, id, &attachment, guest_deadline, &mut force).await;
+        if let Err(mut failure) = taken {
+            if force.is_on() {
+                let record = AttachmentRecord::new(id, Phase::Detaching, &attachment).forced_by(&force);
+                let kept = self.write(steps, "write-losses", &record).await;
+                failure
+                    .undo
+                    .extend(kept.err().map(|error| format!("what may be lost is not recorded: {error}")));
+            }
+            return Err(failure);
+        }
+        let ended = AttachmentRecord::ended(id).forced_by(&force);
+        let closed = self.write(steps, "close-journal", &ended).await;
         // What the journal has as ended has nothing any more, whatever became of the step.
         if self.journal.get(&id.to_string()).is_some_and(|record| record.phase == Phase::Ended) {
             self.release(id);
         }
         closed?;
-        tracing::info!(domain = %attachment.domain_name, "detached");
-        Ok(Outcome::Removed)
+        tracing::info!(domain = %attachment.domain_name, forced = force.is_on(), "detached");
+        Ok((Outcome::Removed, force.may_be_lost().to_vec()))
     }
 
-    /// Takes away whatever there is of an attachment. Stops where something does not let go: what is below it stays.
+    /// Takes away whatever there is of an attachment. Stops where something does not let go, and what is below it stays,
+    /// unless it is forced.
     pub(crate) async fn take_away(
         &self,
         steps: &Steps,
         id: AttachmentId,
         attachment: &Attachment,
         guest_deadline: Duration,
+        force: &mut Force,
     ) -> Result<(), Failure> {
         let transport = &attachment.connection.transport;
-        match transport {
-            Transport::Iscsi(iscsi) => self.give_up_lost_session(steps, id, attachment, iscsi).await?,
-            Transport::Nfs(_) => self.check_server(steps, attachment).await?,
+        let ready = match transport {
+            Transport::Iscsi(iscsi) => self.give_up_lost_session(steps, id, attachment, iscsi).await,
+            Transport::Nfs(_) => self.check_server(steps, id, attachment).await,
+        };
+        let known = force.may_be_lost().len();
+        force.pass(ready, (), "what the guest wrote last may not be on the storage")?;
+        let was_plugged = self.unplug(steps, id, attachment, guest_deadline, force).await;
+        let was_plugged = force.pass(was_plugged, true, "the domain may still have the disk in its XML")?;
+        if force.may_be_lost().len() > known {
+            // Whoever goes on after a kill finds nothing in the way any more, and could not tell it.
+            let record = AttachmentRecord::new(id, Phase::Detaching, attachment).forced_by(force);
+            self.write(steps, "write-losses", &record).await?;
         }
-        let was_plugged = self.unplug(steps, id, attachment, guest_deadline).await?;
         let was_plugged = was_plugged || attachment.plan.is_some();
         match transport {
-            Transport::Iscsi(iscsi) => self.disconnect_iscsi(steps, attachment, iscsi, was_plugged).await,
-            Transport::Nfs(nfs) => self.disconnect_nfs(steps, id, attachment, nfs, was_plugged).await,
+            Transport::Iscsi(iscsi) => {
+                self.disconnect_iscsi(steps, attachment, iscsi, was_plugged, force).await
+            }
+            Transport::Nfs(nfs) => self.disconnect_nfs(steps, id, attachment, nfs, was_plugged, force).await,
         }
     }
 
@@ -82,9 +110,10 @@ impl Attachments {
         id: AttachmentId,
         attachment: &Attachment,
         guest_deadline: Duration,
+        force: &mut Force,
     ) -> Result<bool, Failure> {
         let path = self.source_path(attachment);
-        let mut was_plugged = false;
+        let (mut was_plugged, mut guest_holds, mut last) = (false, false, None);
         for _ in 0..LOOKS {
             let turn = self
                 .libvirt
@@ -92,23 +121,36 @@ impl Attachments {
                 .await
                 .map_err(|error| Failure::from(error).at("wait-turn"))?;
             let views = self.views_of(attachment).await.map_err(|failure| failure.at("read-domain"))?;
-            if views.in_live(id) {
+            if views.in_live(id) && !guest_holds {
                 drop(turn);
-                self.unplug_live(steps, id, attachment, guest_deadline).await?;
+                let unplugged = self.unplug_live(steps, id, attachment, guest_deadline).await;
+                // libvirtd went away during the call: what became of it is seen in the next look, which reaches it again.
+                if matches!(&unplugged, Err(failure) if failure.reason == Reason::HypervisorUnavailable) {
+                    last = unplugged.err();
+                    continue;
+                }
+                guest_holds = unplugged.is_err();
+                let cost = "the guest still has the disk, loses what it has not written, and sees I/O errors";
+                force.pass(unplugged, (), cost)?;
             } else if views.in_persistent(id) {
                 let alias = alias_of(id);
                 let removal = self.libvirt.detach_persistent(attachment.domain_uuid, alias, turn);
                 steps.run("unplug-persistent", async { Ok::<_, Failure>(removal.await?) }).await?;
+            } else if guest_holds {
+                return Ok(true);
             } else {
                 return self.check_unused(attachment, &views, path.as_deref()).map(|()| was_plugged);
             }
             was_plugged = true;
         }
-        Err(Failure::new(
-            Reason::StillThere,
-            format!("disk {} keeps coming back to domain {}", alias_of(id), attachment.domain_name),
-        )
-        .at("unplug-persistent"))
+        Err(last.unwrap_or_else(|| {
+            let alias = alias_of(id);
+            Failure::new(
+                Reason::StillThere,
+                format!("disk {alias} keeps coming back to domain {}", attachment.domain_name),
+            )
+            .at("unplug-persistent")
+        }))
     }
 
     /// A disk of the domain that leads to the device under another alias is somebody's doing, and in use all the same.
@@ -139,11 +181,15 @@ impl Attachments {
         let alias = alias_of(id);
         steps
             .run("unplug", async {
-                let word = self.libvirt.detach_live(attachment.domain_uuid, &alias, guest_deadline).await?;
-                // The XML has the last word: an event may have been missed, or have come for another reason.
-                if !self.views_of(attachment).await?.in_live(id) {
+                let asked = self.libvirt.detach_live(attachment.domain_uuid, &alias, guest_deadline).await;
+                // The XML has the last word: an event may have been missed, or have come for another reason; and libvirt refuses
+                // to take out what the guest has let go of a moment ago, asked by an earlier call (F30).
+                let views = self.views_of(attachment).await;
+                if views.as_ref().is_ok_and(|views| !views.in_live(id)) {
                     return Ok(());
                 }
+                let word = asked?;
+                views?;
                 let what = match word {
                     Unplug::Refused => "refused to let go".to_owned(),
                     Unplug::Silent | Unplug::Removed => {

@@ -156,6 +156,17 @@ fn parse(message: &[u8]) -> Option<KernelEvent> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_message_of_the_kernel_is_too_strange(message: Vec<u8>, path in "[!-~]{1,40}") {
+            drop(parse(&message));
+            let good = format!("add@{path}\0ACTION=add\0DEVPATH={path}\0SUBSYSTEM=block\0");
+            let wanted = KernelEvent::Device { action: "add".into(), path, subsystem: "block".into() };
+            prop_assert_eq!(parse(good.as_bytes()), Some(wanted));
+        }
+    }
 
     #[test]
     fn a_uevent_is_understood_and_junk_is_not() {

@@ -9,7 +9,7 @@
 mod error;
 pub(crate) mod file_helper;
 mod helpers;
-mod table;
+pub(crate) mod table;
 
 use std::fs;
 use std::io;
@@ -20,19 +20,24 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tether_agent_core::command::{CommandError, CommandLine};
+use tether_agent_core::qcow2;
+use tether_agent_core::stuck::Stuck;
 use tether_agent_core::turns::{Turn, Turns};
 use tether_proto::{FileSystemId, ServerAddress, SharePath, VolumeFormat};
 use uuid::Uuid;
 
 use crate::config::{Nfs, NfsVersion};
-use crate::tcp_probe::first_to_answer;
 pub(crate) use error::MountError;
 use file_helper::{Answer, Facts, Question};
 use helpers::Helpers;
 use table::Mounted;
+use tether_agent_core::tcp_probe::first_to_answer;
 
+/// mount(8) would start it too, after system calls that the unit does not have.
+const MOUNT: &str = "/sbin/mount.nfs";
+const UMOUNT: &str = "/bin/umount";
 /// Where NFS 4 listens (RFC 8881 section 2.9.3).
-const NFS_PORT: u16 = 2049;
+pub(crate) const NFS_PORT: u16 = 2049;
 /// How a share is mounted, whatever else is wished: wait for a server that is away and never lose a write (`hard`), but do
 /// not wait at the mount itself (`retry=0`, nfs(5)); no other mount's options (`nosharecache`, F46); and nothing in it is a
 /// program or a device.
@@ -45,6 +50,9 @@ const LOOK_DEADLINE: Duration = Duration::from_secs(10);
 const FLUSH_DEADLINE: Duration = Duration::from_secs(60);
 /// How long an attachment waits while others mount or unmount the same share.
 const TURN_DEADLINE: Duration = Duration::from_secs(60);
+/// The user of qemu-img, made by the package (sysusers.d). It needs no rights on this host: on the share everybody is the
+/// volumes' owner.
+const QEMU_IMG_USER: &str = "tether-qemu-img";
 /// The namespace of our name-based UUIDs (RFC 9562 section 5.5); directories are named by them.
 const NAMESPACE: Uuid = Uuid::from_u128(0x2c0e_9b1d_77a4_4f0e_8d15_60c2_93be_51f7);
 
@@ -87,11 +95,12 @@ pub(crate) struct Mounts {
 }
 
 impl Mounts {
-    /// Makes the mnt directory below the state directory. QEMU, which is not root, passes through both.
+    /// Makes the mnt directory below the state directory. QEMU, which is not root, passes through both. Processes that hang at
+    /// a mount are entered into `stuck`.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub(crate) fn open(state_directory: &Path, config: &Nfs) -> Result<Self, MountError> {
+    pub(crate) fn open(state_directory: &Path, config: &Nfs, stuck: Stuck) -> Result<Self, MountError> {
         let directory = state_directory.join("mnt");
         let made = fs::DirBuilder::new().recursive(true).mode(0o711).create(&directory);
         // The kernel shows mounts by their real paths.
@@ -106,7 +115,7 @@ impl Mounts {
             versions: config.versions.clone(),
             options: format!("{OPTIONS}{more}"),
             turns: Turns::default(),
-            helpers: Helpers::default(),
+            helpers: Helpers::new(stuck),
         })
     }
 
@@ -146,6 +155,16 @@ impl Mounts {
         })
     }
 
+    /// All NFS mounts of the host: where, what, and whether the place is in the agent's mnt directory.
+    pub(crate) fn list(&self) -> Result<Vec<(PathBuf, String, bool)>, MountError> {
+        let all = table::all_nfs(&read(&self.mountinfo)?).map_err(MountError::Report)?;
+        let all = all.into_iter().map(|(place, mounted)| {
+            let ours = place.starts_with(&self.directory);
+            (place, mounted.source, ours)
+        });
+        Ok(all.collect())
+    }
+
     /// Mounts, unless it is mounted. Versions are tried in the config's order.
     pub(crate) async fn mount(&self, mount: &Mount) -> Result<(), MountError> {
         self.helpers.check_not_stuck(mount)?;
@@ -154,9 +173,10 @@ impl Mounts {
         let mut refused = None;
         for version in &mount.versions {
             let options = format!("vers={version},{}", mount.options);
-            let command = CommandLine::new("/bin/mount")
-                .args(["-t", "nfs", "-o", &options, &mount.share])
+            let command = CommandLine::new(MOUNT)
+                .arg(&mount.share)
                 .arg(&mount.directory)
+                .args(["-o", &options])
                 .deadline(MOUNT_DEADLINE);
             match command.run().await {
                 Ok(_) => {
@@ -184,20 +204,38 @@ impl Mounts {
     pub(crate) async fn unmount(&self, mount: &Mount) -> Result<(), MountError> {
         self.helpers.check_not_stuck(mount)?;
         self.helpers.end(mount).await?;
+        self.unmount_with(mount, &[]).await
+    }
+
+    /// Takes a mount out of sight though files of it are open or its server is away (umount(8), `--force` and `--lazy`), and
+    /// removes the directory. Only when somebody asked for force: who has a file open still has it.
+    pub(crate) async fn take_away(&self, mount: &Mount) -> Result<(), MountError> {
+        self.unmount_with(mount, &["--force", "--lazy"]).await
+    }
+
+    async fn unmount_with(&self, mount: &Mount, options: &[&str]) -> Result<(), MountError> {
         match self.state(mount)? {
             State::Absent => {}
             State::Other(found) => return Err(MountError::Taken { mount: Box::new(mount.clone()), found }),
             State::Mounted { .. } => {
                 // The path is ours and straight: umount need not ask the server where it leads.
-                let command = CommandLine::new("/bin/umount").arg("--no-canonicalize").arg(&mount.directory);
+                let command =
+                    CommandLine::new(UMOUNT).args(["--internal-only", "--no-canonicalize"]).args(options);
+                let command = command.arg(&mount.directory);
                 let outcome = command.deadline(MOUNT_DEADLINE).run().await;
-                outcome.map_err(|error| self.told(mount, error))?;
+                let outcome = outcome.map_err(|error| self.told(mount, error));
+                // The kernel has the last word: at a server that is away umount waits to say goodbye, and it may be gone
+                // before that.
                 let left = self.state(mount)?;
                 if left != State::Absent {
+                    outcome?;
                     return Err(MountError::StillMounted {
                         mount: Box::new(mount.clone()),
                         found: left.describe(),
                     });
+                }
+                if let Err(error) = outcome {
+                    tracing::warn!(share = %mount.share, %error, "unmounted, though umount failed");
                 }
             }
         }
@@ -243,6 +281,7 @@ impl Mounts {
             Answer::Failed { errno, message } => {
                 return Err(MountError::File { path: path.to_owned(), errno, message });
             }
+            Answer::NotShared(message) => return Err(MountError::not_shared(mount, message)),
             Answer::Done => return Err(MountError::Report("the file helper found nothing".to_owned())),
         };
         if facts.device != device {
@@ -255,6 +294,7 @@ impl Mounts {
     pub(crate) async fn flush(&self, mount: &Mount, path: &Path) -> Result<(), MountError> {
         match self.helpers.ask(mount, &Question::Flush(path.to_owned()), FLUSH_DEADLINE).await? {
             Answer::Done => Ok(()),
+            Answer::NotShared(message) => Err(MountError::not_shared(mount, message)),
             Answer::Failed { errno, message } => {
                 Err(MountError::File { path: path.to_owned(), errno, message })
             }
@@ -263,41 +303,60 @@ impl Mounts {
     }
 
     /// Grows the file of a qcow2 volume that no QEMU has open; QEMU's lock on the file says so, too.
-    pub(crate) async fn grow_qcow2(&self, mount: &Mount, path: &Path, bytes: u64) -> Result<(), MountError> {
-        let command = CommandLine::new("/usr/bin/qemu-img")
-            .args(["resize", "-q", "-f", VolumeFormat::Qcow2.as_str()])
-            .arg(path)
-            .arg(bytes.to_string())
-            .deadline(FLUSH_DEADLINE);
-        command.run().await.map(drop).map_err(|error| match self.told(mount, error) {
-            MountError::Mount { source, .. } => MountError::Grow { path: path.to_owned(), source },
-            other => other,
-        })
+    pub(crate) async fn grow_qcow2(&self, path: &Path, bytes: u64) -> Result<(), MountError> {
+        let command = qcow2::resize_by_systemd(path, bytes, QEMU_IMG_USER).deadline(FLUSH_DEADLINE);
+        // Slow, it goes on by itself, and keeps nobody else from the share.
+        command.run().await.map(drop).map_err(|source| MountError::Grow { path: path.to_owned(), source })
     }
 
     /// What a failed mount or umount means. One that could not be ended keeps its directory busy (F25).
     fn told(&self, mount: &Mount, error: CommandError) -> MountError {
-        if let CommandError::Deadline { stuck_pid: Some(pid), .. } = &error {
-            self.helpers.note_stuck(mount, *pid);
+        if let CommandError::Deadline { command, stuck_pid: Some(pid), .. } = &error {
+            let verb = if command.starts_with(UMOUNT) { "unmount" } else { "mount" };
+            self.helpers.note_stuck(mount, verb, *pid);
         }
         MountError::Mount { mount: Box::new(mount.clone()), source: error }
     }
 }
 
-/// The options that the kernel shows as they were given. The server has the last word on sizes, and a second mount shares
-/// the connections of the first.
-fn shown(options: &str) -> impl Iterator<Item = &str> {
-    options.split(',').filter(|option| option.starts_with("timeo=") || option.starts_with("retrans="))
-}
+/// What the kernel shows of a mount of ours, whatever is configured. `timeo` and `retrans` are what nfs(5) says for TCP.
+const SHOWN: [&str; 8] =
+    ["hard", "nosharecache", "rw", "nosuid", "nodev", "noexec", "sec=sys", "local_lock=none"];
+const RETRIES: [&str; 2] = ["timeo=600", "retrans=2"];
+/// What it shows only of mounts that behave otherwise than ours (`nfs_show_mount_options` in the kernel's fs/nfs/super.c).
+const NEVER_SHOWN: [&str; 14] = [
+    "ro",
+    "nocto",
+    "noac",
+    "noacl",
+    "nordirplus",
+    "fsc",
+    "softreval",
+    "migration",
+    "lookupcache=",
+    "write=",
+    "acregmin=",
+    "acregmax=",
+    "acdirmin=",
+    "acdirmax=",
+];
 
-/// Server, path and the options that matter to a guest's data (F46).
+/// Server, path and options (F46). Not compared is what the kernel does not show as it was given: sizes are the server's to
+/// settle, and the number of connections is that of the first mount.
 fn is_as_we_mount(mount: &Mount, found: &Mounted) -> bool {
+    let configured = |name: &str| mount.options.split(',').find(|option| option.starts_with(name));
+    let retries = RETRIES.into_iter().map(|default| {
+        let (name, _) = default.split_once('=').unwrap_or((default, ""));
+        configured(&format!("{name}=")).unwrap_or(default)
+    });
     found.kind == "nfs4"
         && found.source == mount.share
-        && ["hard", "nosharecache", "rw"]
-            .into_iter()
-            .chain(shown(&mount.options))
-            .all(|option| found.has(option))
+        && SHOWN.into_iter().chain(retries).all(|option| found.has(option))
+        && !NEVER_SHOWN.into_iter().any(|option| match option.ends_with('=') {
+            true => found.has_any(option),
+            false => found.has(option),
+        })
+        && (!found.has_any("port=") || found.has("port=0") || found.has(&format!("port={NFS_PORT}")))
         && mount.versions.iter().any(|version| found.has(&format!("vers={version}")))
 }
 

@@ -2,10 +2,12 @@
 //! verify) and of disconnecting (flush, device, session, record), each observed (F15). Not here: the domain (`attach`,
 //! `detach`, `resize`), and how each single thing is done (`initiator`).
 
+use std::path::Path;
 use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
-use tether_agent_core::steps::{Steps, blocking};
+use tether_agent_core::force::Force;
+use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
 use tether_proto::{AttachmentId, ByteSize, IscsiConnection};
 
 use crate::attach::{HostDisk, Known};
@@ -16,6 +18,7 @@ use crate::initiator::iscsi::IscsiError;
 use crate::initiator::session::Session;
 use crate::initiator::{device, iscsi, node_record};
 use crate::record::Attachment;
+use crate::sizes::Sizes;
 
 /// How long the kernel and udev may take to show that a disk, its names or a session have come or gone, each.
 const EVENT_DEADLINE: Duration = Duration::from_secs(30);
@@ -23,6 +26,9 @@ const EVENT_DEADLINE: Duration = Duration::from_secs(30);
 const FLUSH_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a lost session may take to come back before it is looked into.
 const RECOVERY_DEADLINE: Duration = Duration::from_secs(8);
+/// How long it may take while its storage host answers: one that was just started answers before all of its targets are back, and
+/// tries those again after 15 s that it could not bring back at once.
+const TARGET_DEADLINE: Duration = Duration::from_secs(30);
 
 impl Attachments {
     /// A target that open-iscsi knows before we ever used it is somebody else's, whatever its name (rule 6).
@@ -52,7 +58,7 @@ impl Attachments {
     ) -> Result<HostDisk, Failure> {
         let (session, connected) = self.session(steps, id, attachment, iscsi, known).await?;
         let disk = self.find_disk(steps, &session).await?;
-        let (wwn, sizes) = (iscsi.wwn, [attachment.connection.size, known.size]);
+        let (wwn, sizes) = (iscsi.wwn, known.sizes(attachment.connection.size));
         let (sysfs, verified, name) = (self.sysfs.clone(), session, disk.clone());
         let size = steps
             .run_blocking("verify-device", move || device::verify(&sysfs, &verified, &name, wwn, sizes))
@@ -174,7 +180,8 @@ impl Attachments {
             return Err(lost());
         }
         let Some(disk) = session.disk().map_err(unreadable)? else { return Err(lost()) };
-        let (sysfs, wwn, sizes) = (self.sysfs.clone(), iscsi.wwn, [size, attachment.connection.size]);
+        let sizes = Sizes { any_of: [size, attachment.connection.size], or_larger: false };
+        let (sysfs, wwn) = (self.sysfs.clone(), iscsi.wwn);
         steps
             .run_blocking("rescan-device", move || {
                 device::rescan(&session)?;
@@ -217,8 +224,8 @@ impl Attachments {
                         return Err(Failure::from(error).next(next));
                     }
                 }
-                // open-iscsi tries again every few seconds; a target that is there has its session back by now.
-                if self.events.subscribe().wait_until(RECOVERY_DEADLINE, back).await.is_some() {
+                // open-iscsi tries again every few seconds; a target that is there has its session back by then.
+                if self.events.subscribe().wait_until(TARGET_DEADLINE, back).await.is_some() {
                     return Ok(());
                 }
                 if buffered(attachment.options.cache) && attachment.plan.is_some() {
@@ -247,6 +254,7 @@ impl Attachments {
         attachment: &Attachment,
         iscsi: &IscsiConnection,
         was_plugged: bool,
+        force: &mut Force,
     ) -> Result<(), Failure> {
         let target = &iscsi.target_iqn;
         if was_plugged
@@ -255,17 +263,31 @@ impl Attachments {
         {
             tracing::error!(%target, "the session was ended before the flush: writes that the host held are lost");
         }
+        let mut seen = false;
         while let Some(session) = self.sysfs.find_session(target).map_err(unreadable)? {
-            if !session.logged_in().map_err(unreadable)? {
-                return Err(Failure::new(
-                    Reason::FlushFailed,
-                    format!("the session to {target} was lost meanwhile"),
-                )
-                .at("flush")
-                .next("detach again"));
-            }
-            self.remove_disk(steps, attachment, &session, was_plugged).await?;
+            seen = true;
+            let ready = if session.logged_in().map_err(unreadable)? {
+                self.remove_disk(steps, attachment, &session, was_plugged).await
+            } else {
+                Err(Failure::new(Reason::FlushFailed, format!("the session to {target} is lost"))
+                    .at("flush")
+                    .next("detach again"))
+            };
+            force.pass(ready, (), "what this host had not written to the storage is lost")?;
             steps.run("logout", self.log_out(iscsi, &session)).await?;
+        }
+        if !seen {
+            // An iscsiadm outlives the agent that started it, and may bring a session that nobody would know.
+            let asked = target.clone();
+            let at_work = blocking(KERNEL_DEADLINE, move || {
+                Ok::<_, Failure>(iscsi::at_work_on(Path::new("/proc"), &asked))
+            });
+            if let Some(pid) = at_work.await? {
+                let message = format!("iscsiadm, process {pid}, still logs in to {target}");
+                return Err(Failure::new(Reason::OutcomeUnknown, message)
+                    .at("logout")
+                    .next("call again when it has ended; never kill it: its lock would stay"));
+            }
         }
         self.delete_node_record(steps, iscsi).await
     }
@@ -281,6 +303,7 @@ impl Attachments {
         let Some(disk) = session.disk().map_err(unreadable)? else { return Ok(()) };
         let what = format!("disk {disk} of {}", attachment.domain_name);
         if was_plugged {
+            // Not entered as STUCK: a detach by force may go on while this one still waits for a storage host that is gone.
             let flush = blocking(FLUSH_DEADLINE, move || {
                 device::flush(&disk).map_err(|error| Failure::from_error(Reason::FlushFailed, &error))
             });
@@ -294,7 +317,7 @@ impl Attachments {
         let removed = session.clone();
         steps
             .run("remove-device", async {
-                blocking(EVENT_DEADLINE, move || device::remove(&removed)).await?;
+                steps.block("remove-device", EVENT_DEADLINE, move || device::remove(&removed)).await?;
                 let gone = || session.lun_folder().try_exists().is_ok_and(|exists| !exists).then_some(());
                 events
                     .wait_until(EVENT_DEADLINE, gone)

@@ -9,6 +9,7 @@
 use std::path::{Path, PathBuf};
 
 use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::force::Force;
 use tether_agent_core::steps::Steps;
 use tether_agent_core::turns::Turn;
 use tether_proto::{AttachmentId, ByteSize, NfsConnection, Transport, VolumeFormat};
@@ -20,6 +21,7 @@ use crate::hypervisor::domain_xml::DiskKind;
 use crate::mount::file_helper::Facts;
 use crate::mount::{Mount, MountError, State};
 use crate::record::Attachment;
+use crate::sizes::Sizes;
 
 impl Attachments {
     /// Decides from which server a share is mounted, before anything is done: one that is mounted or about to be, else the
@@ -33,15 +35,21 @@ impl Attachments {
         let Transport::Nfs(nfs) = attachment.connection.transport.clone() else { return Ok(None) };
         steps
             .run("choose-server", async {
-                let turn = self.mounts.turn(nfs.file_system_id).await?;
-                let mut mounts = nfs.servers.iter().map(|server| self.mounts.mount_of(*server, &nfs.path));
-                let used = mounts.find(|mount| self.is_used(mount, id));
-                let mount = match used {
-                    Some(mount) => {
-                        self.mounts.probe(&[mount.server]).await?;
-                        mount
+                let used = || {
+                    let mut mounts =
+                        nfs.servers.iter().map(|server| self.mounts.mount_of(*server, &nfs.path));
+                    mounts.find(|mount| self.is_used(mount, id))
+                };
+                let mut asked = used().map_or_else(|| nfs.servers.clone(), |mount| vec![mount.server]);
+                // Servers are asked outside of the turn: when one is away, nobody waits for another's asking.
+                let (turn, mount) = loop {
+                    let answered = self.mounts.probe(&asked).await?;
+                    let turn = self.mounts.turn(nfs.file_system_id).await?;
+                    match used() {
+                        Some(mount) if mount.server != answered => asked = vec![mount.server],
+                        Some(mount) => break (turn, mount),
+                        None => break (turn, self.mounts.mount_of(answered, &nfs.path)),
                     }
-                    None => self.mounts.mount_of(self.mounts.probe(&nfs.servers).await?, &nfs.path),
                 };
                 self.use_mount(&mount, id);
                 attachment.mount = Some(mount);
@@ -77,10 +85,11 @@ impl Attachments {
         known: Known,
     ) -> Result<HostDisk, Failure> {
         let mount = placed(attachment)?;
-        let turn = self.mounts.turn(nfs.file_system_id).await?;
+        let at_mount = |error: MountError| Failure::from(error).at("mount-share");
+        let turn = self.mounts.turn(nfs.file_system_id).await.map_err(at_mount)?;
         // A retry after an undo that failed is a user again.
         self.use_mount(mount, id);
-        let connected = match self.mounts.state(mount)? {
+        let connected = match self.mounts.state(mount).map_err(at_mount)? {
             State::Mounted { .. } => false,
             State::Other(found) => {
                 let taken = MountError::Taken { mount: Box::new(mount.clone()), found };
@@ -101,7 +110,7 @@ impl Attachments {
             }
         };
         drop(turn);
-        let sizes = [attachment.connection.size, known.size];
+        let sizes = known.sizes(attachment.connection.size);
         let size = self.verify_file(steps, mount, nfs, sizes).await?;
         let path = file_of(mount, nfs).display().to_string();
         Ok(HostDisk { path, kind: DiskKind::File(nfs.format), size, connected })
@@ -114,16 +123,17 @@ impl Attachments {
         steps: &Steps,
         mount: &Mount,
         nfs: &NfsConnection,
-        sizes: [ByteSize; 2],
+        sizes: Sizes,
     ) -> Result<ByteSize, Failure> {
         let path = file_of(mount, nfs);
         steps
             .run("verify-file", async {
                 let facts = self.look(mount, &path, nfs).await?;
-                sizes.into_iter().find(|size| size.bytes() == facts.size).ok_or_else(|| {
-                    let (found, wanted) = (facts.size, sizes[0].bytes());
-                    wrong(&path, &format!("has {found} bytes and not {wanted}"))
-                })
+                if sizes.allow(facts.size) {
+                    return Ok(ByteSize::try_from(facts.size)?);
+                }
+                let (found, wanted) = (facts.size, sizes.any_of[0].bytes());
+                Err(wrong(&path, &format!("has {found} bytes and not {wanted}")))
             })
             .await
     }
@@ -137,11 +147,19 @@ impl Attachments {
         Ok(facts)
     }
 
-    /// Before a disk is taken out of a domain: does the server answer? QEMU closes the file, and would hang with all of the
-    /// guest at a server that is away.
-    pub(crate) async fn check_server(&self, steps: &Steps, attachment: &Attachment) -> Result<(), Failure> {
+    /// Before a disk is taken out of a running domain: does the server answer? QEMU closes the file, and would hang with all
+    /// of the guest at a server that is away.
+    pub(crate) async fn check_server(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: &Attachment,
+    ) -> Result<(), Failure> {
         let Some(mount) = &attachment.mount else { return Ok(()) };
         if !matches!(self.mounts.state(mount)?, State::Mounted { .. }) {
+            return Ok(());
+        }
+        if !self.views_of(attachment).await.map_err(|failure| failure.at("read-domain"))?.in_live(id) {
             return Ok(());
         }
         steps
@@ -168,23 +186,61 @@ impl Attachments {
         attachment: &Attachment,
         nfs: &NfsConnection,
         was_plugged: bool,
+        force: &mut Force,
     ) -> Result<(), Failure> {
         let Some(mount) = &attachment.mount else { return Ok(()) };
-        let mounted = matches!(self.mounts.state(mount)?, State::Mounted { .. });
+        let state = || self.mounts.state(mount).map_err(|error| Failure::from(error).at("unmount-share"));
+        let mounted = matches!(state()?, State::Mounted { .. });
         if was_plugged && buffered(attachment.options.cache) {
             if mounted {
-                self.flush_file(steps, mount, nfs).await?;
+                let flushed = self.flush_file(steps, mount, nfs).await;
+                force.pass(flushed, (), "what this host had not written to the storage is lost")?;
             } else {
                 tracing::error!(share = %mount.share, "unmounted before the flush: writes that the host held may be lost");
             }
         }
-        let _turn = self.mounts.turn(nfs.file_system_id).await?;
+        let turn = self.mounts.turn(nfs.file_system_id).await;
+        let _turn = turn.map_err(|error| Failure::from(error).at("unmount-share"))?;
+        if force.is_on() && self.is_used(mount, id) && self.holds(id, attachment).await {
+            // The mount stays for others, and QEMU would go on writing to the file.
+            return Err(Failure::new(
+                Reason::GuestHoldsDevice,
+                format!(
+                    "{} still has the file open on a mount that other attachments use",
+                    attachment.domain_name
+                ),
+            )
+            .at("unmount-share")
+            .next(format!(
+                "shut the domain off (virsh destroy {}), then detach again",
+                attachment.domain_name
+            )));
+        }
         // Out of the count first, under the turn: of two that leave at once, the second must see that it is the last.
         self.stop_using(mount, id);
         if self.is_used(mount, id) {
             return Ok(());
         }
-        steps.run("unmount-share", async { Ok::<_, Failure>(self.mounts.unmount(mount).await?) }).await
+        self.check_journal("of an attachment that uses the mount")
+            .map_err(|failure| failure.at("unmount-share"))?;
+        let unmounted =
+            steps.run("unmount-share", async { Ok::<_, Failure>(self.mounts.unmount(mount).await?) }).await;
+        let still_mounted = unmounted.is_err();
+        force.pass(
+            unmounted,
+            (),
+            "who still has files of the share open may write to them until the host is cut off",
+        )?;
+        if still_mounted {
+            let taken = self.mounts.take_away(mount);
+            steps.run("take-mount-away", async { Ok::<_, Failure>(taken.await?) }).await?;
+        }
+        Ok(())
+    }
+
+    /// Has the running domain the disk? When nobody can say: yes.
+    async fn holds(&self, id: AttachmentId, attachment: &Attachment) -> bool {
+        self.views_of(attachment).await.map_or(true, |views| views.in_live(id))
     }
 
     async fn flush_file(&self, steps: &Steps, mount: &Mount, nfs: &NfsConnection) -> Result<(), Failure> {
@@ -195,9 +251,11 @@ impl Attachments {
                         tracing::warn!(share = %mount.share, file = %nfs.file, "the file is gone: nothing to flush");
                         Ok(())
                     }
-                    Err(error) => {
-                        Err(Failure { reason: Reason::FlushFailed, next: None, ..Failure::from(error) })
-                    }
+                    Err(error) => Err(Failure { reason: Reason::FlushFailed, ..Failure::from(error) }.next(format!(
+                        "bring the storage host back, then detach again; or give up what this host has not written, on the \
+                         compute host: umount -f -l {}, then detach again",
+                        mount.directory.display()
+                    ))),
                     Ok(()) => Ok(()),
                 }
             })
@@ -208,13 +266,14 @@ impl Attachments {
     pub(crate) async fn look_again(
         &self,
         steps: &Steps,
+        step: &'static str,
         attachment: &Attachment,
         nfs: &NfsConnection,
     ) -> Result<u64, Failure> {
         let mount = placed(attachment)?;
         let path = file_of(mount, nfs);
         steps
-            .run("verify-file", async {
+            .run(step, async {
                 self.mounts.check_alive(mount).await?;
                 Ok::<_, Failure>(self.look(mount, &path, nfs).await?.size)
             })
@@ -232,7 +291,7 @@ impl Attachments {
         debug_assert_eq!(nfs.format, VolumeFormat::Qcow2);
         let mount = placed(attachment)?;
         let path = file_of(mount, nfs);
-        let grown = self.mounts.grow_qcow2(mount, &path, size.bytes());
+        let grown = self.mounts.grow_qcow2(&path, size.bytes());
         steps.run("grow-file", async { Ok::<_, Failure>(grown.await?) }).await
     }
 }

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::force::Force;
+use tether_agent_core::reconcile;
 use tether_proto::{AttachmentId, ByteSize, ConnectionInfo, DiskOptions, DomainName, Serial, Transport};
 use uuid::Uuid;
 
@@ -44,6 +46,15 @@ pub(crate) struct AttachmentRecord {
     pub(crate) phase: Phase,
     /// What is attached to what; nothing once it ended.
     pub(crate) attachment: Option<Attachment>,
+    /// When it ended, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) ended: Option<u64>,
+    /// Its end is or was forced.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) forced: bool,
+    /// What may have been lost by that, sentences for people.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) may_be_lost: Vec<String>,
 }
 
 /// What is attached to what.
@@ -70,9 +81,21 @@ pub(crate) struct Attachment {
 }
 
 impl AttachmentRecord {
+    /// The record of an attachment in this phase of its life.
+    pub(crate) fn new(id: AttachmentId, phase: Phase, attachment: &Attachment) -> Self {
+        let attachment = Some(attachment.clone());
+        Self { id, phase, attachment, ended: None, forced: false, may_be_lost: Vec::new() }
+    }
+
     /// What is left when an attachment has ended: the id, which is spent.
     pub(crate) fn ended(id: AttachmentId) -> Self {
-        Self { id, phase: Phase::Ended, attachment: None }
+        let (phase, ended) = (Phase::Ended, Some(reconcile::now()));
+        Self { id, phase, attachment: None, ended, forced: false, may_be_lost: Vec::new() }
+    }
+
+    /// The same, of which the end is or was forced.
+    pub(crate) fn forced_by(self, force: &Force) -> Self {
+        Self { forced: force.is_on(), may_be_lost: force.may_be_lost().to_vec(), ..self }
     }
 
     /// May this call go on with what is recorded under its id?
@@ -141,8 +164,16 @@ impl Attachment {
             }
             _ => {}
         }
-        // Only the size may be another: the volume may have been extended between the calls.
-        if self.connection != (ConnectionInfo { size: self.connection.size, ..connection.clone() }) {
+        // Only the size may be another: the volume may have been extended between the calls. And an older agent, or an older
+        // command, knew nothing of how a target proves itself.
+        let mut told = ConnectionInfo { size: self.connection.size, ..connection.clone() };
+        if let (Transport::Iscsi(known), Transport::Iscsi(told)) =
+            (&self.connection.transport, &mut told.transport)
+            && known.mutual_chap.is_none()
+        {
+            told.mutual_chap = None;
+        }
+        if self.connection != told {
             return Some("connection info is another".to_owned());
         }
         if self.options != *options {

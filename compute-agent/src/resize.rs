@@ -3,14 +3,15 @@
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::steps::Steps;
-use tether_proto::wire::{AttachmentStatus, Outcome};
-use tether_proto::{AttachmentId, ByteSize, Transport, VolumeFormat};
+use tether_proto::wire::{AttachmentStatus, EventKind, Outcome};
+use tether_proto::{AccessMode, AttachmentId, ByteSize, Transport, VolumeFormat};
 
-use crate::attach::{is_lost_connection, unknown};
+use crate::attach::unknown;
 use crate::attachments::Attachments;
 use crate::hypervisor::domain_xml::alias_of;
-use crate::hypervisor::libvirt::LibvirtError;
+use crate::hypervisor::libvirt::{LibvirtError, is_lost_connection};
 use crate::record::{Attachment, AttachmentRecord, Phase};
+use crate::watch;
 
 impl Attachments {
     /// Makes the guest see the new size, or finds that it does.
@@ -27,6 +28,7 @@ impl Attachments {
             }
             other => return Err(not_attached(id, other.map(|record| record.phase))),
         };
+        steps.about_domain(&attachment.domain_name);
         if size < recorded {
             return Err(Failure::new(
                 Reason::ShrinkRefused,
@@ -38,28 +40,30 @@ impl Attachments {
             )
             .at("validate"));
         }
-        let pending = attachment.resizing_to.is_some();
+        self.check_writable(id, &attachment, size).await?;
+        let before = attachment.resizing_to;
+        let pending = before.is_some();
         if recorded != size && attachment.resizing_to != Some(size) {
             attachment.resizing_to = Some(size);
             self.write_attached(steps, "write-journal", id, &attachment).await?;
         }
         let on_host = match self.size_on_host(steps, &attachment, size).await {
             Ok(bytes) => bytes,
-            Err(mut failure) => {
-                // Nothing was told to anybody: the record goes back to what it was.
-                if !pending && attachment.resizing_to.take().is_some() {
-                    let undone = self.write_attached(steps, "undo-write-journal", id, &attachment).await;
-                    failure.undo.extend(undone.err().map(|error| error.to_string()));
-                }
-                return Err(failure);
-            }
+            Err(failure) => return Err(self.undo_resize(steps, id, attachment, before, failure).await),
         };
         let changed = recorded != size || pending || on_host < size.bytes();
         if changed {
-            self.tell_guest(steps, id, &attachment, size, on_host).await?;
+            match self.tell_guest(steps, id, &attachment, size, on_host).await {
+                Err(failure) if failure.reason == Reason::NotExtended => {
+                    return Err(self.undo_resize(steps, id, attachment, before, failure).await);
+                }
+                told => told?,
+            }
             attachment.connection.size = size;
             attachment.resizing_to = None;
             self.write_attached(steps, "close-journal", id, &attachment).await?;
+            let message = format!("the disk has {size} ({} bytes) now", size.bytes());
+            self.operations().events().happened(watch::about(id, &attachment, EventKind::Resized, message));
         }
         let views = self.views_of(&attachment).await?;
         let status = self.status(id, Phase::Attached, &attachment, &views)?;
@@ -72,6 +76,50 @@ impl Attachments {
         Ok((outcome, status))
     }
 
+    /// Nothing was told to anybody: the record goes back to what it was.
+    async fn undo_resize(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        mut attachment: Attachment,
+        before: Option<ByteSize>,
+        mut failure: Failure,
+    ) -> Failure {
+        if attachment.resizing_to != before {
+            attachment.resizing_to = before;
+            let undone = self.write_attached(steps, "undo-write-journal", id, &attachment).await;
+            failure.undo.extend(undone.err().map(|error| error.to_string()));
+        }
+        failure
+    }
+
+    /// libvirt refuses to resize a read-only disk (`qemuDomainBlockResize`), and who may only read a qcow2 file cannot grow it:
+    /// that is told before anything is written down.
+    async fn check_writable(
+        &self,
+        id: AttachmentId,
+        attachment: &Attachment,
+        size: ByteSize,
+    ) -> Result<(), Failure> {
+        let connection = &attachment.connection;
+        let read_only = attachment.options.read_only || connection.access_mode == AccessMode::ReadOnly;
+        if !read_only || size == connection.size {
+            return Ok(());
+        }
+        let refused = |why: &str| {
+            Failure::new(Reason::ReadOnlyDisk, format!("the disk is read-only, and {why}")).at("validate")
+        };
+        if connection.transport.format() == VolumeFormat::Qcow2 {
+            return Err(refused("a qcow2 file is grown by who may write it").next(
+                "nothing is lost: the file grows when its last export has ended; detach it, then attach it anew",
+            ));
+        }
+        if self.views_of(attachment).await?.in_live(id) {
+            return Err(refused(&format!("{} runs", attachment.domain_name)));
+        }
+        Ok(())
+    }
+
     async fn write_attached(
         &self,
         steps: &Steps,
@@ -79,7 +127,7 @@ impl Attachments {
         id: AttachmentId,
         attachment: &Attachment,
     ) -> Result<(), Failure> {
-        let record = AttachmentRecord { id, phase: Phase::Attached, attachment: Some(attachment.clone()) };
+        let record = AttachmentRecord::new(id, Phase::Attached, attachment);
         self.write(steps, step, &record).await
     }
 
@@ -95,17 +143,16 @@ impl Attachments {
             Transport::Iscsi(iscsi) => {
                 ("rescan-device", self.rescan(steps, attachment, iscsi, size).await?.bytes())
             }
-            Transport::Nfs(nfs) => ("verify-file", self.look_again(steps, attachment, nfs).await?),
+            Transport::Nfs(nfs) => {
+                let step = "verify-file";
+                (step, self.look_again(steps, step, attachment, nfs).await?)
+            }
         };
         let is_qcow2 = attachment.connection.transport.format() == VolumeFormat::Qcow2;
         if found == size.bytes() || (is_qcow2 && found < size.bytes()) {
             return Ok(found);
         }
-        Err(Failure::new(
-            Reason::NotExtended,
-            format!("the volume has {found} bytes on this host and not {}", size.bytes()),
-        )
-        .at(step))
+        Err(not_extended(step, found, size))
     }
 
     /// Tells QEMU, or grows a qcow2 file when no QEMU has it.
@@ -125,13 +172,21 @@ impl Attachments {
             return match &attachment.connection.transport {
                 Transport::Nfs(nfs) if on_host < size.bytes() => {
                     self.grow_file(steps, attachment, nfs, size).await?;
-                    let grown = self.look_again(steps, attachment, nfs).await?;
+                    let grown = self.look_again(steps, "verify-size", attachment, nfs).await?;
                     expect("grow-file", grown, size)
                 }
                 Transport::Nfs(_) | Transport::Iscsi(_) => Ok(()),
             };
         };
         let target_device = disk.target_device.clone();
+        // QEMU would cut a raw file that was extended once more while this call waited for its turn.
+        if let Transport::Nfs(nfs) = &attachment.connection.transport {
+            let now = self.look_again(steps, "verify-size", attachment, nfs).await?;
+            if now > size.bytes() {
+                return Err(not_extended("verify-size", now, size)
+                    .next("it was extended once more meanwhile: resize it to that size"));
+            }
+        }
         let resized = self.libvirt.resize(uuid, target_device, size.bytes(), turn);
         let seen = steps
             .run("resize-disk", async {
@@ -144,6 +199,11 @@ impl Attachments {
             .await?;
         expect("resize-disk", seen, size)
     }
+}
+
+fn not_extended(step: &'static str, found: u64, size: ByteSize) -> Failure {
+    let message = format!("the volume has {found} bytes on this host and not {}", size.bytes());
+    Failure::new(Reason::NotExtended, message).at(step)
 }
 
 /// Done means read back.

@@ -104,6 +104,16 @@ impl Agent {
         Ok(stream?.into_inner())
     }
 
+    /// What happens on the host from now on.
+    pub(crate) async fn watch_events(&self) -> std::result::Result<Streaming<wire::Event>, Status> {
+        let request = wire::WatchRequest {};
+        let stream = match self.kind {
+            Kind::Storage => self.storage().watch(request).await,
+            Kind::Compute => self.compute().watch(request).await,
+        };
+        Ok(stream?.into_inner())
+    }
+
     /// A reply without what it must hold.
     pub(crate) fn incomplete(&self, missing: &str) -> Box<Failure> {
         let message = format!("the reply of {} holds no {missing}", self.name());

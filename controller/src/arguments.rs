@@ -13,7 +13,8 @@ const GLOBAL: &str = "Global options";
 const EXIT_CODES: &str = "\
 Exit codes:
   0    done
-  1    another failure
+  1    another failure; of `tether doctor`: the worst finding is a warning
+  2    `tether doctor`: the worst finding is an error
   3    not found: volume, domain, attachment
   4    refused in the present state: in use, exists with other parameters, another operation runs
   5    an agent, or something that it needs, cannot be reached
@@ -52,18 +53,25 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Make, show, list, extend and delete volumes.
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  tether volume create tether/v1 10G\n  tether volume list"
+    )]
     Volume(VolumeVerb),
     /// See the pools in which volumes live.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  tether pool list")]
     Pool(PoolVerb),
     /// Make a volume a disk of a domain.
     Attach(Box<Attach>),
     /// Take a disk out of its domain and end its export.
     Detach(Detach),
     /// All attachments, also those that are half made.
-    #[command(after_help = "Example:\n  tether list")]
-    List,
+    #[command(after_help = "Examples:\n  tether list\n  tether list --all")]
+    List {
+        /// Also what else is on the hosts: targets, sessions, shares, mounts and disks, whose they are, and why.
+        #[arg(long)]
+        all: bool,
+    },
     /// What both agents know of one attachment.
     #[command(after_help = "Example:\n  tether show 5f1c0e0a-7d1f-4a53-9d3c-0b7f3c0f7d11")]
     Show {
@@ -71,8 +79,43 @@ pub(crate) enum Verb {
         #[arg(value_name = "ID")]
         id: AttachmentId,
     },
+    /// Bring both agents back to what their journals say: what is missing comes back, what was cut off is finished or undone.
+    #[command(after_help = "Example:\n  tether reconcile --dry-run")]
+    Reconcile {
+        /// Change nothing, and say what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Say what is wrong, or may go wrong, on all hosts and between them, and what mends it. Changes nothing.
+    #[command(after_help = "\
+Exit codes:
+  0    nothing is wrong, or no more than a note
+  1    the worst finding is a warning
+  2    the worst finding is an error; a host that cannot be asked is one
+
+Example:
+  tether doctor
+
+On a host itself, also when its agent does not run: tether-storage-agent doctor, tether-compute-agent doctor")]
+    Doctor,
+    /// Say what happens on all hosts until it is interrupted: connections lost and back, pools that fill up, guests' I/O errors,
+    /// resizes, and what is not as the agents have it.
+    #[command(after_help = "\
+What holds when it begins is told first. --json prints one object a line. --timeout does not end it.
+
+Examples:
+  tether watch
+  tether watch --json | jq --unbuffered 'select(.kind == \"pool_filling\")'")]
+    Watch,
     /// Make a certificate authority, and certificates for agents and controllers.
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  tether pki init --directory pki
+  tether pki issue agent storage1 --address storage1.example.com --directory pki
+  tether pki issue controller admin --directory pki"
+    )]
     Pki(PkiVerb),
 }
 
@@ -115,7 +158,8 @@ pub(crate) enum VolumeVerb {
 #[command(after_help = "\
 Examples:
   tether volume create tether/v1 10G
-  tether volume create share/v1 10G --format qcow2")]
+  tether volume create share/v1 10G --format qcow2
+  tether volume create tether/cluster 10G --multi-attach")]
 pub(crate) struct Create {
     /// Pool and name of the volume.
     #[arg(value_name = "POOL/NAME")]
@@ -129,6 +173,9 @@ pub(crate) struct Create {
     /// thick takes all space at once, thin takes it as it is written [default: as the pool does].
     #[arg(long, value_name = "HOW", hide_possible_values = true)]
     pub(crate) provisioning: Option<Provisioning>,
+    /// Several hosts may have it at a time, and write: only for guests that agree among themselves, such as a cluster.
+    #[arg(long)]
+    pub(crate) multi_attach: bool,
     #[command(flatten)]
     pub(crate) host: StorageHost,
 }
@@ -240,6 +287,7 @@ pub(crate) struct Attach {
 Examples:
   tether detach 5f1c0e0a-7d1f-4a53-9d3c-0b7f3c0f7d11
   tether detach tether/v1 c2
+  tether detach 5f1c0e0a-7d1f-4a53-9d3c-0b7f3c0f7d11 --force
 
 Also finishes an attachment that is half made. A guest that does not let go of its disk keeps it: the command fails,
 and the storage stays connected.")]
@@ -253,6 +301,10 @@ pub(crate) struct Detach {
     /// How long the guest may take to let go of the disk, on top of --timeout [default: the agent's].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3_600))]
     pub(crate) guest_timeout: Option<u64>,
+    /// Go on where detach would stop: a guest that holds the disk, a flush that fails, a host that is lost for good. Writes
+    /// may be lost; the command tells which.
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 /// What is to be detached.
@@ -278,7 +330,13 @@ pub(crate) enum PkiVerb {
         place: Place,
     },
     /// Make a key and a certificate, signed by the authority.
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  tether pki issue agent storage1 --address storage1.example
+  tether pki issue controller admin --role operator"
+    )]
     Issue(IssueVerb),
 }
 
@@ -298,15 +356,24 @@ pub(crate) enum IssueVerb {
         #[command(flatten)]
         place: Place,
     },
-    /// For a controller: lets it in at every agent.
+    /// For a controller: may do everything at every agent.
     #[command(after_help = "Example:\n  tether pki issue controller controller")]
-    Controller {
-        /// The controller's name.
-        #[arg(value_name = "NAME")]
-        name: String,
-        #[command(flatten)]
-        place: Place,
-    },
+    Controller(ClientCertificate),
+    /// For an operator: may look, examine hosts (doctor), and let agents put right what is not as it was asked for (reconcile).
+    #[command(after_help = "Example:\n  tether pki issue operator oncall")]
+    Operator(ClientCertificate),
+    /// For a reader, such as monitoring: may look, and change nothing.
+    #[command(after_help = "Example:\n  tether pki issue reader monitoring")]
+    Reader(ClientCertificate),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ClientCertificate {
+    /// The client's name, as the agents' logs will have it.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) place: Place,
 }
 
 #[derive(Debug, Args)]
@@ -324,10 +391,8 @@ mod tests {
     #[test]
     fn the_command_line_is_sound_and_every_verb_has_an_example() {
         fn check(command: &clap::Command) {
-            if command.get_subcommands().next().is_none() {
-                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-                assert!(help.contains("Example"), "{}", command.get_name());
-            }
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example"), "{}", command.get_name());
             command.get_subcommands().for_each(check);
         }
         Arguments::command().debug_assert();

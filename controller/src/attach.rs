@@ -253,14 +253,12 @@ impl Verb<'_> {
             let next = format!("tether detach {} removes it", self.id);
             return keep(failure, "the export was there before this call and stays", &next);
         }
-        let request = wire::UnexportRequest { attachment_id: self.id.to_string() };
-        let send = || {
-            let (mut client, request) = (self.storage.storage(), request.clone());
-            async move { client.unexport(request).await }
+        let undone = match self.spend(failure.certainty).await {
+            Ok(()) => self.unexport().await,
+            Err(undo) => Err(undo),
         };
-        let call = self.session.call(self.storage).until(Instant::now() + UNDO_TIME);
-        match call.mutate(self.key(), send).await {
-            Ok(_) => failure.undo("the export was removed again; nothing is left"),
+        match undone {
+            Ok(()) => failure.undo("the export was removed again; nothing is left"),
             Err(undo) => {
                 let next = format!(
                     "{}then finish the undo: tether detach {}",
@@ -268,10 +266,37 @@ impl Verb<'_> {
                     self.id
                 );
                 let mut failure = failure.next(next);
-                failure.undo_failure = Some(undo.while_doing(&format!("remove the export {}", self.id)));
+                failure.undo_failure = Some(undo);
                 failure
             }
         }
+    }
+
+    /// Makes sure that no copy of the attach that comes late finds the volume given to somebody else: the compute host
+    /// refuses an id that was detached (rule 3). Over NFS the share may outlive this export.
+    async fn spend(&self, certainty: Certainty) -> Result<()> {
+        if certainty != Certainty::Answered {
+            return Ok(());
+        }
+        let request = wire::DetachRequest { attachment_id: self.id.to_string(), ..Default::default() };
+        let send = || {
+            let (mut client, request) = (self.compute.compute(), request.clone());
+            async move { client.detach(request).await }
+        };
+        let call = self.session.call(self.compute).until(Instant::now() + UNDO_TIME);
+        let spent = call.mutate(self.key(), send).await;
+        spent.map(drop).map_err(|undo| undo.while_doing(&format!("end attachment {}", self.id)))
+    }
+
+    async fn unexport(&self) -> Result<()> {
+        let request = wire::UnexportRequest { attachment_id: self.id.to_string(), ..Default::default() };
+        let send = || {
+            let (mut client, request) = (self.storage.storage(), request.clone());
+            async move { client.unexport(request).await }
+        };
+        let call = self.session.call(self.storage).until(Instant::now() + UNDO_TIME);
+        let unexported = call.mutate(self.key(), send).await;
+        unexported.map(drop).map_err(|undo| undo.while_doing(&format!("remove the export {}", self.id)))
     }
 
     fn output(

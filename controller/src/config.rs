@@ -22,7 +22,7 @@ key = \"pki/controller.key\"
 [storage.storage1]
 address = \"storage1.example:7440\"
 [compute.compute1]
-address = \"compute1.example:7441\"";
+address = \"compute1.example:7440\"";
 
 /// What of the process's environment matters.
 #[derive(Debug, Default, Clone)]

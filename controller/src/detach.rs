@@ -38,7 +38,8 @@ pub(crate) async fn detach(session: &Arc<Session>, arguments: &Detach) -> Result
                 .next(format!("type: tether detach {volume} DOMAIN, or: tether detach ID")));
         }
     };
-    let verb = Verb { session, id, guest_time: arguments.guest_timeout.map(Duration::from_secs) };
+    let guest_time = arguments.guest_timeout.map(Duration::from_secs);
+    let verb = Verb { session, id, guest_time, force: arguments.force };
     verb.run(&what, begin).await.map_err(|failure| failure.while_doing(&what).attachment(id))
 }
 
@@ -108,6 +109,7 @@ struct DetachedView {
     storage: Option<String>,
     compute: Option<String>,
     outcome: &'static str,
+    may_be_lost: Vec<String>,
     detach: Option<ReportView>,
     unexport: Option<ReportView>,
     total_microseconds: u64,
@@ -144,6 +146,7 @@ struct Verb<'a> {
     session: &'a Arc<Session>,
     id: AttachmentId,
     guest_time: Option<Duration>,
+    force: bool,
 }
 
 impl Verb<'_> {
@@ -161,7 +164,11 @@ impl Verb<'_> {
         }
         // Before anything is changed: may the export go when no attachment was found?
         let user = match (attachment, export, &known.attachment) {
-            (None, Some(export), None) => self.user_of(export, &survey).await?,
+            (None, Some(export), None) => match self.user_of(export, &survey).await {
+                // The storage host cuts off whoever it is.
+                Err(_) if self.force => None,
+                user => user?,
+            },
             _ => None,
         };
         self.session.begins(
@@ -191,7 +198,19 @@ impl Verb<'_> {
             return Err(Failure::new(Code::Unavailable, "HOST_UNREACHABLE", message)
                 .next(format!("bring back {names}, then type: tether detach {id}")));
         }
-        self.output(&known, detached.as_ref(), unexported.as_ref(), begin.elapsed())
+        let mut output = self.output(&known, detached.as_ref(), unexported.as_ref(), begin.elapsed())?;
+        if self.force && known.attachment.is_none() && user.is_none() && export.is_some() {
+            let silent = survey::names(survey.silent_of(Kind::Compute));
+            output.warnings.push(format!(
+                "warning: no compute host was told{}: a guest that still runs there sees I/O errors\n  next: when that host \
+                 is back, type again: tether detach {id}",
+                if silent.is_empty() { String::new() } else { format!(" (not asked: {silent})") }
+            ));
+        }
+        let lost = detached.iter().flat_map(|answer| &answer.reply.may_be_lost);
+        let lost = lost.chain(unexported.iter().flat_map(|answer| &answer.reply.may_be_lost));
+        output.warnings.extend(lost.map(|sentence| format!("warning: forced: {sentence}")));
+        Ok(output)
     }
 
     /// Nobody that answered has the attachment, but there is an export. Who may use it? Refuses when that is not
@@ -257,6 +276,7 @@ impl Verb<'_> {
         let request = wire::DetachRequest {
             attachment_id: self.id.to_string(),
             guest_deadline_milliseconds: u64::try_from(guest_time.as_millis()).unwrap_or(u64::MAX),
+            force: self.force,
         };
         let send = || {
             let (mut client, request) = (agent.compute(), request.clone());
@@ -268,7 +288,7 @@ impl Verb<'_> {
     }
 
     async fn unexport(&self, agent: &Agent, detached: bool) -> Result<Answer<wire::UnexportResponse>> {
-        let request = wire::UnexportRequest { attachment_id: self.id.to_string() };
+        let request = wire::UnexportRequest { attachment_id: self.id.to_string(), force: self.force };
         let send = || {
             let (mut client, request) = (agent.storage(), request.clone());
             async move { client.unexport(request).await }
@@ -333,6 +353,12 @@ impl Verb<'_> {
             storage: known.export.as_ref().map(|found| found.agent.name().to_owned()),
             compute: known.attachment.as_ref().map(|found| found.agent.name().to_owned()),
             outcome: if nothing_left { "unchanged" } else { "removed" },
+            may_be_lost: detached
+                .iter()
+                .flat_map(|answer| &answer.reply.may_be_lost)
+                .chain(unexported.iter().flat_map(|answer| &answer.reply.may_be_lost))
+                .cloned()
+                .collect(),
             detach: detached.map(|answer| ReportView::new(answer.reply.report.as_ref(), answer.time)),
             unexport: unexported.map(|answer| ReportView::new(answer.reply.report.as_ref(), answer.time)),
             total_microseconds: u64::try_from(time.as_micros()).unwrap_or(u64::MAX),

@@ -15,9 +15,7 @@ use crate::call::{Answer, Session};
 use crate::console::{shell_word, time_text};
 use crate::failure::{Certainty, Failure, Result};
 use crate::survey::{self, Found, Silent};
-use crate::view::{
-    AttachmentView, Output, ReportView, UnreachableView, VolumeView, outcome_word, size_text, some,
-};
+use crate::view::{AttachmentView, Output, ReportView, UnreachableView, VolumeView, outcome_word, size_text};
 use crate::volume;
 
 /// Makes a volume larger, and tells the guest that has it.
@@ -29,14 +27,29 @@ pub(crate) async fn extend(session: &Arc<Session>, arguments: &Extend) -> Result
     let verb = Verb { session, arguments, storage: &storage };
     let mut answer = verb.extend().await?;
     let extended = answer.reply.volume.take().ok_or_else(|| storage.incomplete("volume"))?;
-    let user = match some(&extended.exported_for) {
-        Some(id) => {
-            let id = id.parse().map_err(|_| storage.incomplete("attachment id that could be read"))?;
-            verb.tell_guest(id, &extended).await.map_err(|failure| failure.attachment(id))?
+    let (mut users, mut failed) = (Vec::new(), Vec::new());
+    // One guest that cannot be told keeps none of the others from being told.
+    for id in &extended.exported_for {
+        let id = id.parse().map_err(|_| storage.incomplete("attachment id that could be read"))?;
+        match verb.tell_guest(id, &extended).await {
+            Ok(user) => users.push(user),
+            Err(failure) => failed.push((id, failure)),
         }
-        None => User::default(),
-    };
-    verb.output(&before, &extended, &answer, &user)
+    }
+    match as_one(failed) {
+        Some(failure) => Err(failure),
+        None => verb.output(&before, &extended, &answer, &users),
+    }
+}
+
+/// The first failure, with what the others say.
+fn as_one(failed: Vec<(AttachmentId, Box<Failure>)>) -> Option<Box<Failure>> {
+    let mut failed = failed.into_iter();
+    let (id, mut first) = failed.next()?;
+    for (other, failure) in failed {
+        first.message.push_str(&format!("\nattachment {other}: {}", failure.message));
+    }
+    Some(first.attachment(id))
 }
 
 /// The command that goes on with it.
@@ -64,14 +77,20 @@ struct ExtendedView<'a> {
     storage: &'a str,
     outcome: String,
     report: ReportView,
-    attachment: Option<AttachmentView<'a>>,
-    resize: Option<ReportView>,
+    guests: Vec<GuestView<'a>>,
     unreachable: Vec<UnreachableView<'a>>,
 }
 
+/// A guest that was told.
+#[derive(Debug, Serialize)]
+struct GuestView<'a> {
+    attachment: AttachmentView<'a>,
+    resize: ReportView,
+}
+
 /// Who has the volume.
-#[derive(Default)]
 struct User {
+    id: AttachmentId,
     /// The attachment, and what its compute host answered.
     told: Option<(Found<wire::AttachmentStatus>, Answer<wire::ResizeAttachmentResponse>)>,
     /// The compute hosts that could not be asked, when none of the others has the attachment.
@@ -121,12 +140,12 @@ impl Verb<'_> {
             let in_use = known.export.filter(|found| found.status.connected && silent.is_empty());
             return match in_use {
                 Some(export) => Err(self.not_seen(used_by_a_stranger(id, &export.status), id, extended)),
-                None => Ok(User { told: None, silent }),
+                None => Ok(User { id, told: None, silent }),
             };
         };
         match found.status.phase.as_str() {
             "attached" => {}
-            "ended" => return Ok(User::default()),
+            "ended" => return Ok(User { id, told: None, silent: Vec::new() }),
             _ => return Err(self.not_seen(unfinished(id, &found), id, extended)),
         }
         let not_seen = |failure| self.not_seen(failure, id, extended);
@@ -136,7 +155,7 @@ impl Verb<'_> {
             .attachment
             .take()
             .ok_or_else(|| self.not_seen(found.agent.incomplete("attachment"), id, extended))?;
-        Ok(User { told: Some((found, answer)), silent: Vec::new() })
+        Ok(User { id, told: Some((found, answer)), silent: Vec::new() })
     }
 
     async fn resize(
@@ -177,24 +196,30 @@ impl Verb<'_> {
         before: &wire::Volume,
         extended: &wire::Volume,
         answer: &Answer<wire::ExtendVolumeResponse>,
-        user: &User,
+        users: &[User],
     ) -> Result<Output> {
         let outcome = answer.reply.report.as_ref().map(wire::OperationReport::outcome).unwrap_or_default();
+        // The same hosts are silent about each attachment.
+        let silent: &[Silent] = users
+            .iter()
+            .map(|user| user.silent.as_slice())
+            .find(|silent| !silent.is_empty())
+            .unwrap_or_default();
         let view = ExtendedView {
             volume: VolumeView::new(self.storage.name(), extended),
             previous_size_bytes: before.size_bytes,
             storage: self.storage.name(),
             outcome: outcome_word(outcome),
             report: ReportView::new(answer.reply.report.as_ref(), answer.time),
-            attachment: user
-                .told
-                .as_ref()
-                .map(|(found, _)| AttachmentView::new(found.agent.name(), &found.status)),
-            resize: user
-                .told
-                .as_ref()
-                .map(|(_, answer)| ReportView::new(answer.reply.report.as_ref(), answer.time)),
-            unreachable: user.silent.iter().map(Silent::view).collect(),
+            guests: users
+                .iter()
+                .filter_map(|user| user.told.as_ref())
+                .map(|(found, answer)| GuestView {
+                    attachment: AttachmentView::new(found.agent.name(), &found.status),
+                    resize: ReportView::new(answer.reply.report.as_ref(), answer.time),
+                })
+                .collect(),
+            unreachable: silent.iter().map(|silent| silent.view()).collect(),
         };
         let (volume, storage) = (&self.arguments.volume, self.storage.name());
         let (from, to) = (size_text(before.size_bytes), size_text(extended.size_bytes));
@@ -207,24 +232,18 @@ impl Verb<'_> {
             wire::Outcome::Unchanged => format!("{volume} has {to} already on {storage}"),
             _ => format!("repaired: extended {volume} to {to} on {storage} in {time}"),
         };
-        let seen = match &user.told {
-            Some((found, _)) => {
-                let attachment = &found.status;
-                let when = if attachment.in_live_domain { "" } else { " when it starts" };
-                format!("; {} sees it as {}{when}", shell_word(&attachment.domain), attachment.target_device)
-            }
-            None if extended.exported_for.is_empty() => String::new(),
-            None if user.silent.is_empty() => "; it is exported, but not attached".to_owned(),
-            None => "; whether a guest has it is not known".to_owned(),
-        };
-        let mut output = Output::new(&view, format!("{done}{seen}"))?.without(&user.silent);
-        output.warnings.extend(self.warning(extended, user));
+        let seen: String = users.iter().map(seen_by).collect();
+        let mut output = Output::new(&view, format!("{done}{seen}"))?.without(silent);
+        output.warnings.extend(users.iter().filter_map(|user| self.warning(extended, user)));
         Ok(output)
     }
 
     /// The volume is larger and no guest was told, because nobody that could be asked has it attached.
     fn warning(&self, extended: &wire::Volume, user: &User) -> Option<String> {
-        let id = some(&extended.exported_for).filter(|_| user.told.is_none())?;
+        if user.told.is_some() {
+            return None;
+        }
+        let id = user.id;
         let again = same_again(self.arguments);
         if !user.silent.is_empty() {
             return Some(format!(
@@ -240,6 +259,19 @@ impl Verb<'_> {
                  the export: tether detach {id}\n    then type again: {again}"
             )
         })
+    }
+}
+
+/// What became of a guest, as the end of a sentence.
+fn seen_by(user: &User) -> String {
+    match &user.told {
+        Some((found, _)) => {
+            let attachment = &found.status;
+            let when = if attachment.in_live_domain { "" } else { " when it starts" };
+            format!("; {} sees it as {}{when}", shell_word(&attachment.domain), attachment.target_device)
+        }
+        None if user.silent.is_empty() => "; it is exported, but not attached".to_owned(),
+        None => "; whether a guest has it is not known".to_owned(),
     }
 }
 

@@ -13,8 +13,10 @@ use tonic_types::StatusExt;
 pub enum Exit {
     /// Done.
     Success = 0,
-    /// A failure that is none of the others.
+    /// A failure that is none of the others; of `tether doctor`: a warning.
     Other = 1,
+    /// `tether doctor` found an error.
+    Broken = 2,
     /// No such volume, domain, attachment …
     NotFound = 3,
     /// Refused in the present state.
@@ -215,6 +217,7 @@ impl Failure {
 impl From<ParseError> for Box<Failure> {
     fn from(error: ParseError) -> Self {
         Failure::usage("INVALID_ARGUMENT", error.to_string())
+            .next("correct it; the verb's own --help says what may be given")
     }
 }
 

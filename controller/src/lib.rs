@@ -17,16 +17,20 @@ mod call;
 mod config;
 mod console;
 mod detach;
+mod doctor;
 mod extend;
 mod failure;
+mod objects;
 mod overview;
 mod pki;
 mod pool;
 mod progress;
+mod reconcile;
 mod survey;
 mod transport;
 mod view;
 mod volume;
+mod watch;
 
 pub use config::Environment;
 pub use console::Console;
@@ -89,8 +93,12 @@ async fn verb(session: &Arc<Session>, verb: &Verb) -> Result<Output> {
         Verb::Pool(verb) => pool::run(session, verb).await,
         Verb::Attach(arguments) => attach::attach(session, arguments).await,
         Verb::Detach(arguments) => detach::detach(session, arguments).await,
-        Verb::List => overview::list(session).await,
+        Verb::List { all: false } => overview::list(session).await,
+        Verb::List { all: true } => objects::list(session).await,
         Verb::Show { id } => overview::show(session, *id).await,
+        Verb::Reconcile { dry_run } => reconcile::reconcile(session, *dry_run).await,
+        Verb::Doctor => doctor::doctor(session).await,
+        Verb::Watch => watch::watch(session).await,
         Verb::Pki(verb) => pki::run(verb),
     }
 }

@@ -23,7 +23,7 @@ struct ListView<'a> {
 }
 
 #[derive(Debug, Serialize)]
-struct RowView<'a> {
+pub(crate) struct RowView<'a> {
     attachment_id: &'a str,
     volume: Option<String>,
     storage: Option<&'a str>,
@@ -40,7 +40,19 @@ struct RowView<'a> {
 /// All attachments of all hosts.
 pub(crate) async fn list(session: &Arc<Session>) -> Result<Output> {
     let survey = survey::all(session).await;
-    let rows: Vec<RowView<'_>> = survey.found.iter().map(|(id, known)| row(id, known, &survey)).collect();
+    let rows = rows(&survey);
+    let text = table_of(&rows);
+    let unreachable = survey.silent.iter().map(survey::Silent::view).collect();
+    Ok(Output::new(&ListView { attachments: rows, unreachable }, text)?.without(&survey.silent))
+}
+
+/// One row for each attachment.
+pub(crate) fn rows(survey: &Survey) -> Vec<RowView<'_>> {
+    survey.found.iter().map(|(id, known)| row(id, known, survey)).collect()
+}
+
+/// The rows as a table, and below it what to do about each that is half made.
+pub(crate) fn table_of(rows: &[RowView<'_>]) -> String {
     let mut text = table(
         ["ID", "VOLUME", "STORAGE", "DOMAIN", "COMPUTE", "TARGET", "SIZE", "STATE"],
         rows.iter().map(|row| {
@@ -57,13 +69,12 @@ pub(crate) async fn list(session: &Arc<Session>) -> Result<Output> {
             ]
         }),
     );
-    for row in &rows {
+    for row in rows {
         if let Some(next) = &row.next {
             text.push_str(&format!("\n{}: {}: {next}", row.attachment_id, row.state.replace('_', " ")));
         }
     }
-    let unreachable = survey.silent.iter().map(survey::Silent::view).collect();
-    Ok(Output::new(&ListView { attachments: rows, unreachable }, text)?.without(&survey.silent))
+    text
 }
 
 /// What both agents know of one attachment.

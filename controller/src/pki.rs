@@ -1,5 +1,6 @@
-//! `tether pki`: a certificate authority for Tether, and certificates for agents and controllers. ECDSA P-256. An agent's
-//! certificate only serves, a controller's only asks. Nothing that is there is ever written over.
+//! `tether pki`: a certificate authority for Tether, and certificates for agents and their clients. ECDSA P-256. An agent's
+//! certificate only serves, a client's only asks; its organizational unit says the role. Nothing that is there is ever written
+//! over.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -13,10 +14,11 @@ use rcgen::{
     KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, date_time_ymd,
 };
 use serde::Serialize;
+use tether_proto::Role;
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::arguments::{IssueVerb, PkiVerb};
+use crate::arguments::{ClientCertificate, IssueVerb, PkiVerb};
 use crate::failure::{Failure, Result};
 use crate::view::Output;
 
@@ -54,20 +56,24 @@ pub(crate) fn run(verb: &PkiVerb) -> Result<Output> {
             );
             Output::new(&made, text)
         }
-        PkiVerb::Issue(IssueVerb::Controller { name, place }) => {
-            let usage = ExtendedKeyUsagePurpose::ClientAuth;
-            let made = issue(&place.directory, name, "tether-controller", Vec::new(), usage)?;
-            let text = format!(
-                "made {certificate} and {key}\n\
-                 they go to where `tether` runs; in its config:\n\
-                 [tls]\nca = \"{authority}\"\ncertificate = \"{certificate}\"\nkey = \"{key}\"",
-                certificate = made.certificate.display(),
-                key = made.key.display(),
-                authority = made.authority.display(),
-            );
-            Output::new(&made, text)
-        }
+        PkiVerb::Issue(IssueVerb::Controller(client)) => issue_client(client, Role::Controller),
+        PkiVerb::Issue(IssueVerb::Operator(client)) => issue_client(client, Role::Operator),
+        PkiVerb::Issue(IssueVerb::Reader(client)) => issue_client(client, Role::Reader),
     }
+}
+
+fn issue_client(client: &ClientCertificate, role: Role) -> Result<Output> {
+    let (directory, usage) = (&client.place.directory, ExtendedKeyUsagePurpose::ClientAuth);
+    let made = issue(directory, &client.name, role.organizational_unit(), Vec::new(), usage)?;
+    let text = format!(
+        "made {certificate} and {key}, for the role {role}\n\
+         they go to where `tether` runs; in its config:\n\
+         [tls]\nca = \"{authority}\"\ncertificate = \"{certificate}\"\nkey = \"{key}\"",
+        certificate = made.certificate.display(),
+        key = made.key.display(),
+        authority = made.authority.display(),
+    );
+    Output::new(&made, text)
 }
 
 fn init(directory: &Path) -> Result<Output> {
@@ -170,7 +176,8 @@ fn check_name(field: &str, name: &str) -> Result<()> {
     let first_is_legal = name.starts_with(|c: char| c.is_ascii_alphanumeric());
     if name.len() > 63 || !name.chars().all(legal) || !first_is_legal {
         let problem = "must have 1 to 63 of a-z A-Z 0-9 . _ -, beginning with a letter or digit";
-        return Err(Failure::usage("INVALID_ARGUMENT", format!("{field}: {problem}, got {name:?}")));
+        let message = format!("{field}: {problem}, got {name:?}");
+        return Err(Failure::usage("INVALID_ARGUMENT", message).next("name it otherwise"));
     }
     Ok(())
 }
@@ -230,8 +237,11 @@ fn failed(problem: &str, path: &Path, error: &io::Error) -> Box<Failure> {
         _ => Code::Internal,
     };
     Failure::new(code, "FILE_FAILED", format!("{problem}: {}: {error}", path.display()))
+        .next("see that the directory is there, is this user's, and has room; --directory names another")
 }
 
 fn unusable(error: &rcgen::Error) -> Box<Failure> {
-    Failure::new(Code::InvalidArgument, "CERTIFICATE_FAILED", error.to_string())
+    let message = format!("the authority's files or the names for a certificate cannot be used: {error}");
+    Failure::new(Code::InvalidArgument, "CERTIFICATE_FAILED", message)
+        .next("see that --directory is the one of `tether pki init`, and that each --address is a name or an address")
 }

@@ -129,7 +129,7 @@ fn known(kind: Kind, host: &Host, subject: &str, error: &(dyn Error + 'static)) 
         }
         io::ErrorKind::PermissionDenied => Some(
             Failure::new(Code::PermissionDenied, "SOCKET_FORBIDDEN", format!("{subject}: permission denied"))
-                .next("only root of this host may use the agent's Unix socket"),
+                .next("call as root, or name this user in [server.roles] of the agent's config (USER=)"),
         ),
         _ => None,
     }

@@ -100,7 +100,8 @@ pub(crate) struct VolumeView<'a> {
     format: String,
     provisioning: String,
     created_by_tether: bool,
-    exported_for: Option<&'a str>,
+    multi_attach: bool,
+    exported_for: &'a [String],
 }
 
 impl<'a> VolumeView<'a> {
@@ -117,7 +118,8 @@ impl<'a> VolumeView<'a> {
             format: format_word(volume.format()),
             provisioning: provisioning_word(volume.provisioning()),
             created_by_tether: volume.created_by_tether,
-            exported_for: some(&volume.exported_for),
+            multi_attach: volume.multi_attach,
+            exported_for: &volume.exported_for,
         }
     }
 }

@@ -80,6 +80,7 @@ async fn create(session: &Session, arguments: &Create) -> Result<Output> {
             .provisioning
             .map(|how| wire::Provisioning::from(how).into())
             .unwrap_or_default(),
+        multi_attach: arguments.multi_attach,
     };
     let send = || {
         let (mut client, request) = (agent.storage(), request.clone());
@@ -157,11 +158,19 @@ async fn show(session: &Session, volume: &VolumeKey, host: &StorageHost) -> Resu
         ("uuid", found.uuid.clone()),
         ("wwn", some(&found.wwn).unwrap_or("-").to_owned()),
         ("serial", found.serial.clone()),
-        ("exported for", some(&found.exported_for).unwrap_or("-").to_owned()),
+        ("multi-attach", if found.multi_attach { "yes" } else { "no" }.to_owned()),
+        ("exported for", exported_for(&found)),
     ] {
         text.push_str(&format!("\n  {label:<15} {value}"));
     }
     Output::new(&VolumeView::new(agent.name(), &found), text)
+}
+
+fn exported_for(volume: &wire::Volume) -> String {
+    match volume.exported_for.is_empty() {
+        true => "-".to_owned(),
+        false => volume.exported_for.join(", "),
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -183,15 +192,17 @@ async fn list(session: &Arc<Session>, pool: Option<&PoolName>, host: &StorageHos
     let all: Vec<(&str, &wire::Volume)> =
         told.iter().flat_map(|told| told.answer.iter().map(|volume| (told.agent.name(), volume))).collect();
     let text = table(
-        ["STORAGE", "VOLUME", "SIZE", "PROVISIONING", "TETHER'S", "EXPORTED FOR"],
+        ["STORAGE", "VOLUME", "SIZE", "FORMAT", "PROVISIONING", "OVER", "TETHER'S", "EXPORTED FOR"],
         all.iter().map(|(storage, volume)| {
             [
                 (*storage).to_owned(),
                 format!("{}/{}", volume.pool, volume.volume),
                 size_text(volume.size_bytes),
+                format_word(volume.format()),
                 provisioning_word(volume.provisioning()),
+                transport_word(volume.transport()),
                 if volume.created_by_tether { "yes" } else { "no" }.to_owned(),
-                some(&volume.exported_for).unwrap_or("-").to_owned(),
+                exported_for(volume),
             ]
         }),
     );

@@ -119,6 +119,19 @@ pub struct IscsiConnection {
     pub chap_secret: Secret,
     /// What the device must answer to.
     pub wwn: Wwn,
+    /// What the target proves itself by in turn; nothing when it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mutual_chap: Option<MutualChap>,
+}
+
+/// What a target proves itself by to an initiator (RFC 7143 section 12.1).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MutualChap {
+    /// The name that the target gives: 1 to 128 of `a-z A-Z 0-9 . _ : -`.
+    pub username: String,
+    /// The secret, another one than the initiator's.
+    #[serde(with = "crate::exposed")]
+    pub secret: Secret,
 }
 
 /// How a volume is reached.
@@ -162,6 +175,9 @@ pub struct ConnectionInfo {
     pub access_mode: AccessMode,
     /// The volume's own serial.
     pub serial: Serial,
+    /// Several hosts may have the volume at a time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub multi_attach: bool,
 }
 
 impl TryFrom<&wire::ConnectionInfo> for ConnectionInfo {
@@ -178,6 +194,7 @@ impl TryFrom<&wire::ConnectionInfo> for ConnectionInfo {
             size: info.size_bytes.try_into()?,
             access_mode: info.access_mode.try_into()?,
             serial: info.serial.parse()?,
+            multi_attach: info.multi_attach,
         })
     }
 }
@@ -193,6 +210,7 @@ impl From<&ConnectionInfo> for wire::ConnectionInfo {
             size_bytes: info.size.bytes(),
             access_mode: wire::AccessMode::from(info.access_mode).into(),
             serial: info.serial.to_string(),
+            multi_attach: info.multi_attach,
         }
     }
 }
@@ -218,13 +236,22 @@ impl TryFrom<&wire::IscsiConnection> for IscsiConnection {
                     &wire.target_portal_group_tag.to_string(),
                 )
             })?;
-        let legal = |b: u8| b.is_ascii_alphanumeric() || b"._:-".contains(&b);
-        if !(1..=128).contains(&wire.chap_username.len()) || !wire.chap_username.bytes().all(legal) {
-            return Err(ParseError::new(
-                "chap_username",
-                "must have 1 to 128 of a-z A-Z 0-9 . _ : -",
-                &wire.chap_username,
-            ));
+        let chap_secret = Secret::new(wire.chap_secret.clone())?;
+        let mutual_chap = match (wire.mutual_chap_username.as_str(), wire.mutual_chap_secret.as_str()) {
+            ("", "") => None,
+            (username, secret) => Some(MutualChap {
+                username: chap_username("mutual_chap_username", username)?,
+                secret: Secret::new(secret)
+                    .map_err(|error| ParseError { field: "mutual_chap_secret", ..error })?,
+            }),
+        };
+        // Whoever asks for the one could answer with the other's (RFC 7143 section 9.2.1).
+        if mutual_chap.as_ref().is_some_and(|mutual| mutual.secret == chap_secret) {
+            return Err(ParseError {
+                field: "mutual_chap_secret",
+                problem: "must be another secret than chap_secret".into(),
+                value: "the same (not shown)".into(),
+            });
         }
         Ok(Self {
             target_iqn: wire
@@ -233,15 +260,25 @@ impl TryFrom<&wire::IscsiConnection> for IscsiConnection {
                 .map_err(|error: ParseError| ParseError { field: "target_iqn", ..error })?,
             portals: wire.portals.iter().map(|text| text.parse()).collect::<Result<_, _>>()?,
             target_portal_group_tag: tag,
-            chap_username: wire.chap_username.clone(),
-            chap_secret: Secret::new(wire.chap_secret.clone())?,
+            chap_username: chap_username("chap_username", &wire.chap_username)?,
+            chap_secret,
             wwn: wire.wwn.parse()?,
+            mutual_chap,
         })
     }
 }
 
+fn chap_username(field: &'static str, text: &str) -> Result<String, ParseError> {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b"._:-".contains(&b);
+    if (1..=128).contains(&text.len()) && text.bytes().all(legal) {
+        return Ok(text.to_owned());
+    }
+    Err(ParseError::new(field, "must have 1 to 128 of a-z A-Z 0-9 . _ : -", text))
+}
+
 impl From<&IscsiConnection> for wire::IscsiConnection {
     fn from(iscsi: &IscsiConnection) -> Self {
+        let mutual = iscsi.mutual_chap.as_ref();
         Self {
             target_iqn: iscsi.target_iqn.to_string(),
             portals: iscsi.portals.iter().map(ToString::to_string).collect(),
@@ -250,6 +287,8 @@ impl From<&IscsiConnection> for wire::IscsiConnection {
             chap_username: iscsi.chap_username.clone(),
             chap_secret: iscsi.chap_secret.expose().to_owned(),
             wwn: iscsi.wwn.to_string(),
+            mutual_chap_username: mutual.map(|mutual| mutual.username.clone()).unwrap_or_default(),
+            mutual_chap_secret: mutual.map(|mutual| mutual.secret.expose().to_owned()).unwrap_or_default(),
         }
     }
 }
@@ -266,12 +305,18 @@ mod tests {
             1u16..,
             "[a-z0-9._:-]{1,40}",
             "[a-zA-Z0-9]{12,40}",
-            ("6[0-9a-f]{31}", 1u64.., any::<bool>(), "[a-zA-Z0-9_.+-]{1,20}"),
+            (
+                "6[0-9a-f]{31}",
+                1u64..,
+                any::<bool>(),
+                "[a-zA-Z0-9_.+-]{1,20}",
+                proptest::option::of("[a-zA-Z0-9]{41}"),
+            ),
         )
             .prop_filter_map(
                 "portals must be addresses of one host",
                 |(target, portals, tag, user, secret, rest)| {
-                    let (wwn, size, read_only, serial) = rest;
+                    let (wwn, size, read_only, serial, mutual) = rest;
                     let portals = portals
                         .into_iter()
                         .map(|(address, port)| {
@@ -286,10 +331,14 @@ mod tests {
                             chap_username: user,
                             chap_secret: Secret::new(secret).ok()?,
                             wwn: wwn.parse().ok()?,
+                            mutual_chap: mutual
+                                .and_then(|secret| Secret::new(secret).ok())
+                                .map(|secret| MutualChap { username: "target".into(), secret }),
                         }),
                         size: size.try_into().ok()?,
                         access_mode: if read_only { AccessMode::ReadOnly } else { AccessMode::ReadWrite },
                         serial: serial.parse().ok()?,
+                        multi_attach: !read_only,
                     })
                 },
             )
@@ -310,6 +359,7 @@ mod tests {
                 size: size.try_into().unwrap(),
                 access_mode: if read_only { AccessMode::ReadOnly } else { AccessMode::ReadWrite },
                 serial: "s".parse().unwrap(),
+                multi_attach: !read_only,
             };
             prop_assert_eq!(&ConnectionInfo::try_from(&wire::ConnectionInfo::from(&info)).unwrap(), &info);
             let text = serde_json::to_string(&info).unwrap();
@@ -333,7 +383,8 @@ mod tests {
         ) {
             let _unused = IscsiConnection::try_from(&wire::IscsiConnection {
                 target_iqn: iqn, portals, target_portal_group_tag: tag, lun,
-                chap_username: text.clone(), chap_secret: text.clone(), wwn: text,
+                chap_username: text.clone(), chap_secret: text.clone(), wwn: text.clone(),
+                mutual_chap_username: text.clone(), mutual_chap_secret: text,
             });
         }
     }
@@ -348,6 +399,37 @@ mod tests {
         assert!(matches!(&info.transport, Transport::Iscsi(iscsi) if iscsi.target_portal_group_tag == 1));
         let wanted: serde_json::Value = serde_json::from_str(text).unwrap();
         assert_eq!(serde_json::to_value(&info).unwrap(), wanted);
+    }
+
+    #[test]
+    fn f43_a_target_proves_itself_by_a_name_and_a_secret_of_its_own_or_not_at_all() {
+        let plain = wire::IscsiConnection {
+            target_iqn: "iqn.2026-11.io.example:x".into(),
+            portals: vec!["10.0.0.1:3260".into()],
+            target_portal_group_tag: 1,
+            chap_username: "u".into(),
+            chap_secret: "secret-secret".into(),
+            wwn: "60014050000000000000000000000001".into(),
+            ..Default::default()
+        };
+        assert_eq!(IscsiConnection::try_from(&plain).unwrap().mutual_chap, None);
+        for (username, secret, wrong) in [
+            ("t", "another-secret", None),
+            ("t", "secret-secret", Some("mutual_chap_secret")),
+            ("t", "", Some("mutual_chap_secret")),
+            ("t", "short", Some("mutual_chap_secret")),
+            ("", "another-secret", Some("mutual_chap_username")),
+            ("t t", "another-secret", Some("mutual_chap_username")),
+        ] {
+            let mutual = wire::IscsiConnection {
+                mutual_chap_username: username.into(),
+                mutual_chap_secret: secret.into(),
+                ..plain.clone()
+            };
+            let parsed = IscsiConnection::try_from(&mutual);
+            assert_eq!(parsed.as_ref().err().map(|error| error.field), wrong, "{username} {secret}");
+            assert_eq!(parsed.is_ok_and(|iscsi| iscsi.mutual_chap.is_some()), wrong.is_none());
+        }
     }
 
     #[test]

@@ -6,23 +6,37 @@
 
 mod connection;
 mod disk;
+pub mod finding;
+mod format;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod identity;
 mod iqn;
+#[cfg(feature = "testing")]
+mod mangled;
 mod names;
 mod nfs;
 mod portal;
+mod role;
 mod secret;
+mod share;
 mod size;
 mod wire_debug;
 
-pub use connection::{AccessMode, ConnectionInfo, Connector, IscsiConnection, Transport};
+pub use connection::{AccessMode, ConnectionInfo, Connector, IscsiConnection, MutualChap, Transport};
 pub use disk::{DiskBus, DiskCache, DiskDiscard, DiskIo, DiskOptions, TargetDevice};
+pub use finding::{Finding, Severity};
+pub use format::VolumeFormat;
 pub use identity::{AttachmentId, Serial, Wwn};
 pub use iqn::Iqn;
+#[cfg(feature = "testing")]
+pub use mangled::mangled;
 pub use names::{DomainName, PoolName, VolumeKey, VolumeName};
-pub use nfs::{FileName, FileSystemId, NfsConnection, ServerAddress, SharePath, VolumeFormat};
+pub use nfs::{FileSystemId, NfsConnection};
 pub use portal::Portal;
+pub use role::{NEEDED, Role};
 pub use secret::{Secret, exposed};
+pub use share::{FileName, ServerAddress, SharePath};
 pub use size::ByteSize;
 
 /// The generated messages, clients and servers.

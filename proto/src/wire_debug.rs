@@ -14,6 +14,8 @@ impl fmt::Debug for wire::IscsiConnection {
             .field("chap_username", &self.chap_username)
             .field("chap_secret", &"not shown")
             .field("wwn", &self.wwn)
+            .field("mutual_chap_username", &self.mutual_chap_username)
+            .field("mutual_chap_secret", &"not shown")
             .finish()
     }
 }
@@ -28,6 +30,7 @@ mod tests {
             connection_info: Some(wire::ConnectionInfo {
                 transport: Some(wire::connection_info::Transport::Iscsi(wire::IscsiConnection {
                     chap_secret: "canary-canary".into(),
+                    mutual_chap_secret: "canary-in-turn".into(),
                     ..Default::default()
                 })),
                 ..Default::default()

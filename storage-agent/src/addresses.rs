@@ -15,16 +15,7 @@ pub(crate) fn here<T: Copy + Display>(
     what: &str,
     key: &str,
 ) -> Result<Vec<T>, Failure> {
-    let own: HashSet<IpAddr> = nix::ifaddrs::getifaddrs()
-        .map_err(|error| {
-            Failure::new(Reason::Internal, format!("this host's addresses cannot be read: {error}"))
-        })?
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
-        })
-        .collect();
+    let own = own()?;
     let (here, elsewhere): (Vec<T>, Vec<T>) =
         configured.iter().partition(|one| own.contains(&address(**one)));
     let list = elsewhere.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -38,6 +29,19 @@ pub(crate) fn here<T: Copy + Display>(
         tracing::warn!(addresses = %list, what, "this host does not have these addresses now: left out of the export");
     }
     Ok(here)
+}
+
+/// All addresses that this host has now.
+pub(crate) fn own() -> Result<HashSet<IpAddr>, Failure> {
+    let interfaces = nix::ifaddrs::getifaddrs().map_err(|error| {
+        Failure::new(Reason::Internal, format!("this host's addresses cannot be read: {error}"))
+    })?;
+    let address = |interface: nix::ifaddrs::InterfaceAddress| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
+    };
+    Ok(interfaces.filter_map(address).collect())
 }
 
 #[cfg(test)]

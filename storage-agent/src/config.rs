@@ -1,12 +1,15 @@
 //! The storage agent's config file, with every default.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::Deserialize;
-use tether_agent_core::config::{ConfigError, Danger, Server};
+use tether_agent_core::config::{ConfigError, Danger, Metrics, Server};
 use tether_agent_core::daemon::AgentConfig;
+use tether_agent_core::reconcile::TombstoneDays;
+use tether_agent_core::roles::Roles;
 use tether_proto::{Iqn, PoolName, Portal, ServerAddress, SharePath};
 
 /// `storage-agent.toml`.
@@ -16,6 +19,9 @@ pub(crate) struct Config {
     /// Where the agent keeps its journal.
     #[serde(default = "default_state_directory")]
     pub(crate) state_directory: PathBuf,
+    /// For how many days ended attachments are remembered, so that a late call finds its id spent.
+    #[serde(default)]
+    pub(crate) tombstone_days: TombstoneDays,
     /// How the agent is reached.
     #[serde(default = "default_server")]
     pub(crate) server: Server,
@@ -26,6 +32,9 @@ pub(crate) struct Config {
     /// Where volumes live, by pool name.
     #[serde(default)]
     pub(crate) pool: BTreeMap<PoolName, Pool>,
+    /// Where metrics are told.
+    #[serde(default = "default_metrics")]
+    pub(crate) metrics: Metrics,
     /// What nobody should need.
     #[serde(default)]
     pub(crate) danger: Danger,
@@ -64,6 +73,9 @@ pub(crate) enum Pool {
         thin_pool: Option<String>,
         /// The group's physical volumes. LVM is told to see these and nothing else (F10).
         devices: Vec<PathBuf>,
+        /// From how full on the pool is told to those who watch and by the doctor, in percent; of a thin pool also its metadata.
+        #[serde(default)]
+        threshold_percent: Threshold,
     },
     /// A directory on this host that is shared over NFS.
     Directory {
@@ -73,11 +85,47 @@ pub(crate) enum Pool {
         owner_uid: u32,
         /// The group of the files.
         owner_gid: u32,
+        /// From how full on the file system is told to those who watch, in percent.
+        #[serde(default)]
+        threshold_percent: Threshold,
     },
+}
+
+impl Pool {
+    /// From how full on it is told.
+    pub(crate) fn threshold_percent(&self) -> u8 {
+        let (Self::Lvm { threshold_percent, .. } | Self::Directory { threshold_percent, .. }) = self;
+        threshold_percent.0
+    }
+}
+
+/// How full a pool may be before somebody should look, 1 to 100 percent.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(try_from = "u8")]
+pub(crate) struct Threshold(u8);
+
+impl Default for Threshold {
+    fn default() -> Self {
+        Self(80)
+    }
+}
+
+impl TryFrom<u8> for Threshold {
+    type Error = &'static str;
+    fn try_from(percent: u8) -> Result<Self, Self::Error> {
+        match percent {
+            1..=100 => Ok(Self(percent)),
+            _ => Err("threshold_percent must be 1 to 100"),
+        }
+    }
 }
 
 fn default_state_directory() -> PathBuf {
     "/var/lib/tether/storage-agent".into()
+}
+
+fn default_metrics() -> Metrics {
+    Metrics { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7441)) }
 }
 
 fn default_server() -> Server {
@@ -87,6 +135,7 @@ fn default_server() -> Server {
         certificate: None,
         key: None,
         ca: None,
+        roles: Roles::default(),
     }
 }
 
@@ -111,7 +160,7 @@ impl AgentConfig for Config {
                         format!("must be given: pool {name} is of kind lvm"),
                     ));
                 }
-                Pool::Lvm { volume_group, thin_pool, devices } => {
+                Pool::Lvm { volume_group, thin_pool, devices, .. } => {
                     check_lvm(key, volume_group, thin_pool.as_deref(), devices)?;
                 }
                 Pool::Directory { .. } if self.nfs.is_none() => {
@@ -136,6 +185,10 @@ impl AgentConfig for Config {
 
     fn danger(&self) -> Danger {
         self.danger
+    }
+
+    fn metrics(&self) -> SocketAddr {
+        self.metrics.listen
     }
 }
 
@@ -226,6 +279,17 @@ fn is_lvm_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use tether_proto::mangled;
+
+    proptest! {
+        #[test]
+        fn a_damaged_config_is_refused_or_checked(text in mangled(include_str!("../../packaging/examples/storage-agent.toml"))) {
+            if let Ok(config) = toml::from_str::<Config>(&text) {
+                drop(config.check());
+            }
+        }
+    }
 
     const FILES: &str = r#"
         [nfs]

@@ -13,10 +13,12 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use nix::errno::Errno;
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use serde::{Deserialize, Serialize};
 use tether_agent_core::command::CommandError;
 use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::stuck::Stuck;
 use tether_proto::SharePath;
 
 /// Why a directory or a file in it cannot be used.
@@ -106,12 +108,21 @@ pub(crate) struct Directory {
     path: SharePath,
     owner_uid: u32,
     owner_gid: u32,
+    stuck: Stuck,
 }
 
 impl Directory {
-    /// The adapter for one pool of the config.
-    pub(crate) fn new(path: SharePath, owner_uid: u32, owner_gid: u32) -> Self {
-        Self { path, owner_uid, owner_gid }
+    /// The adapter for one pool of the config. A file system that hangs is entered into `stuck`.
+    pub(crate) fn new(path: SharePath, owner_uid: u32, owner_gid: u32, stuck: Stuck) -> Self {
+        Self { path, owner_uid, owner_gid, stuck }
+    }
+
+    /// Looks at the directory, on a thread that may block; not while an earlier look hangs in the kernel (F27).
+    pub(crate) async fn look<T: Send + 'static, E: Into<Failure> + Send + 'static>(
+        &self,
+        look: impl FnOnce() -> Result<T, E> + Send + 'static,
+    ) -> Result<T, Failure> {
+        self.stuck.blocking(&format!("directory {}", self.path), "use", look).await
     }
 
     /// Where it is.
@@ -168,6 +179,10 @@ impl Directory {
             group: metadata.gid(),
             mode: metadata.mode(),
             read_only: flags.contains(FsFlags::ST_RDONLY),
+            btrfs: statfs(path)
+                .map_err(|errno| failed("reading the file system of", path)(errno.into()))?
+                .filesystem_type()
+                == BTRFS_SUPER_MAGIC,
         };
         match facts.problem(self.path.as_str(), self.owner_gid) {
             Some(problem) => Err(unfit(problem)),
@@ -198,6 +213,8 @@ struct Facts {
     group: u32,
     mode: u32,
     read_only: bool,
+    /// nfsd shows who has which file open by a device number that no btrfs tells of its files.
+    btrfs: bool,
 }
 
 impl Facts {
@@ -212,10 +229,18 @@ impl Facts {
             ("can be written to by others than root", format!("chmod go-w {path}"))
         } else if !may_enter {
             ("cannot be entered by the owner of its files", format!("chmod go+x {path}"))
+        } else if self.btrfs {
+            (
+                "is on btrfs, where nobody can see who has a file open over NFS",
+                format!("use ext4 or xfs; see: findmnt -T {path}"),
+            )
         } else if self.read_only {
             (
                 "is on a file system that is read-only",
-                format!("mount -o remount,rw $(findmnt -n -o TARGET -T {path})"),
+                format!(
+                    "mount -o remount,rw $(findmnt -n -o TARGET -T {path}); when only the agent cannot write there, its \
+                     unit does not let it: systemctl edit tether-storage-agent, [Service] ReadWritePaths={path}"
+                ),
             )
         } else {
             return None;
@@ -236,7 +261,8 @@ mod tests {
 
     #[test]
     fn only_a_directory_that_root_alone_can_write_to_is_fit() {
-        let good = Facts { is_directory: true, owner: 0, group: 0, mode: 0o040_711, read_only: false };
+        let good =
+            Facts { is_directory: true, owner: 0, group: 0, mode: 0o040_711, read_only: false, btrfs: false };
         assert_eq!(good.problem("/srv/share", 64055), None);
         assert_eq!(Facts { group: 64055, mode: 0o040_710, ..good }.problem("/srv/share", 64055), None);
         for (facts, words, mend) in [
@@ -246,6 +272,7 @@ mod tests {
             (Facts { mode: 0o041_777, ..good }, "written to", "chmod go-w /srv/share"),
             (Facts { mode: 0o040_700, ..good }, "entered", "chmod go+x /srv/share"),
             (Facts { read_only: true, ..good }, "read-only", "remount,rw"),
+            (Facts { btrfs: true, ..good }, "btrfs", "findmnt -T /srv/share"),
         ] {
             let (problem, command) = facts.problem("/srv/share", 64055).unwrap();
             assert!(problem.contains(words) && command.contains(mend), "{problem}: {command}");
@@ -261,7 +288,7 @@ mod tests {
         std::os::unix::fs::symlink(&real, &link).unwrap();
         let check = |path: &Path| {
             let path = path.display().to_string().parse().unwrap();
-            Failure::from(Directory::new(path, 64055, 64055).check(None).unwrap_err())
+            Failure::from(Directory::new(path, 64055, 64055, Stuck::default()).check(None).unwrap_err())
         };
         let missing = check(&real.join("no"));
         assert_eq!(missing.reason, Reason::PoolUnavailable);
@@ -276,7 +303,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().canonicalize().unwrap();
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-        let directory = Directory::new(path.display().to_string().parse().unwrap(), 64055, 64055);
+        let directory =
+            Directory::new(path.display().to_string().parse().unwrap(), 64055, 64055, Stuck::default());
         let before = FileIdentity { inode: 1, born: Some(1) };
         let failure = Failure::from(directory.check(Some(before)).unwrap_err());
         assert_eq!(failure.reason, Reason::PoolUnavailable);

@@ -9,35 +9,57 @@
 //! A failed export that was undone leaves no record; one that could not be undone stays `exporting`, and a retry of
 //! Export or an Unexport goes on from there.
 
+mod initiators;
 mod iscsi;
 mod nfs;
+mod objects;
+mod reconcile;
+mod unexport;
+mod views;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::journal::Journal;
 use tether_agent_core::operations::Operations;
+use tether_agent_core::reconcile::TombstoneDays;
 use tether_agent_core::steps::Steps;
 use tether_proto::wire::{OperationReport, Outcome};
-use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, Connector, Transport, VolumeKey};
+use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, Connector, Transport, VolumeFormat, VolumeKey};
 
-use crate::claims::{Claim, Claims};
+use crate::claims::{Claim, Claims, sharing};
 use crate::config::Config;
+use crate::directory::Directory;
 use crate::identity::VolumeIdentity;
 use crate::nfs::Nfs as NfsServer;
 use crate::pool::{Pool, Pools};
-use crate::record::{Export, ExportRecord, Phase};
+use crate::record::{Clients, Export, ExportRecord, Phase};
 use crate::volume::find::{self, FoundFile};
-use crate::volume::{check_extended, settle};
+use crate::volume::settle;
+use initiators::Initiators;
+pub(crate) use views::ExportView;
 
 /// All exports of this agent.
 pub(crate) struct Exports {
     journal: Arc<Journal<ExportRecord>>,
     operations: Operations,
     claims: Claims,
+    initiators: Initiators,
     pools: Arc<Pools>,
     iscsi: iscsi::Iscsi,
     nfs: nfs::Nfs,
+    tombstones: TombstoneDays,
+}
+
+/// What a call asks for, and what the config allows of it.
+struct Wish {
+    id: AttachmentId,
+    volume: VolumeKey,
+    connector: Connector,
+    access_mode: AccessMode,
+    /// With whom a file's directory is to be shared; nothing for a target.
+    clients: Option<Clients>,
 }
 
 /// A volume that was found, and is the one that is recorded.
@@ -49,15 +71,6 @@ struct Volume {
     file: Option<FoundFile>,
 }
 
-/// An export as it is recorded and as the kernel shows it.
-pub(crate) struct ExportView {
-    pub(crate) id: AttachmentId,
-    pub(crate) phase: Phase,
-    pub(crate) export: Option<Export>,
-    pub(crate) enabled: bool,
-    pub(crate) connected: bool,
-}
-
 impl Exports {
     /// Opens the journal, takes its claims again, and makes ready what the config asks for.
     ///
@@ -65,22 +78,31 @@ impl Exports {
     /// When the journal cannot be opened.
     pub(crate) async fn open(config: &Config, pools: Arc<Pools>) -> Result<Self, Failure> {
         let journal = Arc::new(Journal::<ExportRecord>::open(&config.state_directory.join("exports"))?);
-        let claims = Claims::default();
+        let (claims, initiators) = (Claims::default(), Initiators::default());
+        if let Some(file) = journal.damaged().first() {
+            claims.refuse_deletions(file);
+        }
         for record in journal.list() {
             if let Some(export) = record.export.filter(|_| record.phase != Phase::Ended) {
+                // Two hosts of one name were let in by an older agent; the first keeps it.
+                if let Err(clash) = initiators.enter(record.id, &export.connector) {
+                    tracing::error!(attachment = %record.id, %clash, "the journal has two hosts of one initiator name");
+                }
                 // Two records of one volume are a defect, but none that should keep the others from being served.
-                if let Err(clash) = claims.claim(&export.place(), Claim::Export(record.id)) {
-                    tracing::error!(attachment = %record.id, %clash, "the journal has two exports of one volume");
+                if !claims.take_again(&export.place(), export.claim(record.id)) {
+                    tracing::error!(attachment = %record.id, volume = %export.volume, "the journal has two exports of one volume");
                 }
             }
         }
         Ok(Self {
-            iscsi: iscsi::Iscsi::open(config.iscsi.as_ref()).await,
+            iscsi: iscsi::Iscsi::open(config.iscsi.as_ref(), &journal.list()).await,
             nfs: nfs::Nfs::open(NfsServer::at("/"), config.nfs.as_ref(), &journal),
             journal,
-            operations: Operations::default(),
+            operations: Operations::beside(pools.stuck.clone()),
             claims,
+            initiators,
             pools,
+            tombstones: config.tombstone_days,
         })
     }
 
@@ -113,63 +135,18 @@ impl Exports {
     }
 
     /// Ends an export.
-    pub(crate) async fn unexport(self: &Arc<Self>, id: AttachmentId) -> Result<OperationReport, Failure> {
+    pub(crate) async fn unexport(
+        self: &Arc<Self>,
+        id: AttachmentId,
+        force: bool,
+    ) -> Result<(OperationReport, Vec<String>), Failure> {
         let this = self.clone();
+        let request = if force { "force" } else { "" };
         self.operations
-            .run(&id.to_string(), "unexport", String::new(), move |steps| async move {
-                this.do_unexport(&steps, id).await
+            .run(&id.to_string(), "unexport", request.to_owned(), move |steps| async move {
+                this.do_unexport(&steps, id, force).await
             })
             .await
-    }
-
-    /// One export; of one that has ended there is only the phase.
-    pub(crate) async fn get(&self, id: AttachmentId) -> Result<ExportView, Failure> {
-        match self.journal.get(&id.to_string()) {
-            Some(record) => {
-                let seen = self.look(std::slice::from_ref(&record)).await;
-                Ok(self.view(record, seen.as_ref()).await)
-            }
-            None => {
-                Err(Failure::new(Reason::ExportNotFound, format!("attachment {id} is not exported here"))
-                    .at("find-export"))
-            }
-        }
-    }
-
-    /// All exports that have not ended, by attachment id.
-    pub(crate) async fn list(&self) -> Vec<ExportView> {
-        let mut records = self.journal.list();
-        records.retain(|record| record.phase != Phase::Ended);
-        let seen = self.look(&records).await;
-        let mut views = Vec::new();
-        for record in records {
-            views.push(self.view(record, seen.as_ref()).await);
-        }
-        views
-    }
-
-    /// What the NFS server shows, for all exports at once; nothing when none of them needs it or it cannot be read.
-    async fn look(&self, records: &[ExportRecord]) -> Option<nfs::Seen> {
-        if !records.iter().any(|record| record.export.as_ref().is_some_and(|export| export.share.is_some())) {
-            return None;
-        }
-        let seen = self.nfs.look().await;
-        seen.inspect_err(|failure| tracing::warn!(error = %failure, "what is shared cannot be read")).ok()
-    }
-
-    /// An export of which the kernel's part cannot be read is shown without it: it does not hide the others.
-    async fn view(&self, record: ExportRecord, seen: Option<&nfs::Seen>) -> ExportView {
-        let ExportRecord { id, phase, export } = record;
-        let state = match (export.as_ref().map(|export| (export, &export.connection.transport)), seen) {
-            (Some((export, Transport::Iscsi(iscsi))), _) => self.iscsi.state(export, &iscsi.target_iqn).await,
-            (Some((export, Transport::Nfs(nfs))), Some(seen)) => self.nfs.state(export, nfs, seen).await,
-            _ => Ok((false, false)),
-        };
-        let (enabled, connected) = state.unwrap_or_else(|failure| {
-            tracing::warn!(attachment = %id, error = %failure, "the state of this export cannot be read");
-            (false, false)
-        });
-        ExportView { id, phase, export, enabled, connected }
     }
 
     async fn do_export(
@@ -180,46 +157,100 @@ impl Exports {
         connector: Connector,
         access_mode: AccessMode,
     ) -> Result<(ConnectionInfo, OperationReport), Failure> {
+        steps.about_volume(&volume);
         let pool = self.pools.of(&volume)?;
         let recorded = self.journal.get(&id.to_string());
         if let Some(record) = &recorded {
             record.check_retry(&volume, &connector, access_mode)?;
-        } else if let Some(file) = self.journal.damaged().first().or(self.pools.damaged()) {
-            // It may have held the export that has this very volume (rule 2), or that it is not wiped to its end.
-            return Err(Failure::new(
-                Reason::JournalFailed,
-                format!(
-                    "the journal has a damaged file, {}: no new exports until it is seen to",
-                    file.display()
-                ),
-            )
-            .at("validate")
-            .next(
-                "repair it or, when its export is gone from targetcli ls and exportfs -v, delete it; then restart the agent",
-            ));
+        } else {
+            self.check_journal("no new exports until it is seen to")?;
         }
         let clients = match pool {
-            Pool::Directory(directory) if recorded.is_none() => {
-                Some(self.nfs.clients(&connector, directory)?)
+            // What is exported already keeps its clients until the hypervisor tells of other addresses (not the config).
+            Pool::Directory(_)
+                if recorded.as_ref().is_some_and(|record| record.has_addresses_of(&connector)) =>
+            {
+                None
             }
-            _ => None,
+            Pool::Directory(directory) => Some(self.nfs.clients(&connector, directory)?),
+            Pool::Logical(_) => None,
         };
-        let (place, claim) = (pool.place(&volume.volume), Claim::Export(id));
-        self.claims.claim(&place, claim).map_err(|failure| failure.at("validate"))?;
+        // One initiator name is one host's (F42). What an older agent has let in stays.
+        if recorded.is_none() {
+            self.initiators.enter(id, &connector).map_err(|failure| failure.at("validate"))?;
+        }
+        let wish = Wish { id, volume, connector, access_mode, clients };
+        let outcome = self.export_wish(steps, pool, wish, recorded).await;
+        if outcome.is_err() && self.journal.get(&id.to_string()).is_none() {
+            self.initiators.leave(id);
+        }
+        outcome
+    }
+
+    /// The part of an export that needs the volume for itself.
+    async fn export_wish(
+        &self,
+        steps: &Steps,
+        pool: &Pool,
+        wish: Wish,
+        recorded: Option<ExportRecord>,
+    ) -> Result<(ConnectionInfo, OperationReport), Failure> {
+        let Wish { id, volume, connector, access_mode, clients } = wish;
+        let multi_attach = self.pools.multi_attach(&volume);
+        let claim = match recorded.as_ref().and_then(|record| record.export.as_ref()) {
+            Some(export) => export.claim(id),
+            None => Claim::Export(id, sharing(multi_attach.is_some(), access_mode)),
+        };
+        // Of one that is recorded its own, also when the config names another place for its pool by now: then its volume is not
+        // found there.
+        let place = match recorded.as_ref().and_then(|record| record.export.as_ref()) {
+            Some(export) => export.place(),
+            None => pool.place(&volume.volume),
+        };
+        let others = self.claims.claim(&place, claim).map_err(|failure| failure.at("validate"))?;
         let outcome = async {
             let fresh = recorded.is_none();
+            let others = others.iter().map(|id| self.recorded(*id).ok_or(*id)).collect::<Result<Vec<_>, _>>();
+            // Of one that is being made now it is not known for whom.
+            let others = others.map_err(|id| {
+                let message = format!("volume {volume} is being exported for attachment {id}");
+                Failure::new(Reason::OperationRunning, message).at("validate")
+            })?;
+            if fresh {
+                check_other_host(&volume, &connector, &others)?;
+                self.pools.check_not_deleting(&volume)?;
+            }
             let found = self.find(steps, pool, &volume, fresh).await?;
-            let record = match recorded {
-                Some(record) => record,
+            if fresh && multi_attach.as_ref().is_some_and(|uuid| *uuid != found.identity.uuid) {
+                return Err(Failure::new(
+                    Reason::WrongDevice,
+                    format!("volume {volume} is not the one of that name that was made multi_attach"),
+                )
+                .at("find-volume"));
+            }
+            let (record, moved) = match recorded {
+                Some(record) => {
+                    let transport = record.export.as_ref().map(|export| &export.connection.transport);
+                    if let (Some(clients), Some(Transport::Nfs(nfs))) = (&clients, transport) {
+                        self.nfs.check_families(nfs, &clients.addresses)?;
+                    }
+                    (record, clients.map(|clients| (connector, clients)))
+                }
                 None => {
-                    let connection = self.connection(id, pool, &found, access_mode)?;
+                    let addresses = clients.as_ref().map_or(&[][..], |clients| &clients.addresses);
+                    let connection = ConnectionInfo {
+                        multi_attach: multi_attach.is_some(),
+                        ..self.connection(id, pool, &found, addresses, access_mode)?
+                    };
                     let (device, unit_serial) = (found.device, found.identity.unit_serial());
                     let export =
                         Export { volume, device, unit_serial, connector, connection, share: clients };
-                    ExportRecord::new(id, export)
+                    (ExportRecord::new(id, export), None)
                 }
             };
-            self.put_in_place(steps, record, &found.identity, fresh).await
+            let size = found.file.as_ref().map_or(found.identity.size, FoundFile::exported_size);
+            let identity = VolumeIdentity { size, ..found.identity };
+            self.put_in_place(steps, record, &identity, moved, fresh, &others).await
         }
         .await;
         if outcome.is_err() && self.journal.get(&id.to_string()).is_none() {
@@ -239,21 +270,49 @@ impl Exports {
         match pool {
             Pool::Logical(lvm) => {
                 let identity = steps.run("find-volume", find::logical(lvm, volume)).await?;
-                // A repeated call, too: its answer tells the size, and a guest would be given what is not wiped.
-                check_extended(&self.pools, volume, &identity.uuid, identity.size)?;
                 let device = lvm.device(volume.volume.as_str()).display().to_string();
                 Ok(Volume { identity, device, file: None })
             }
             Pool::Directory(directory) => {
                 let mut file = steps.run("find-volume", find::file(&self.pools, directory, volume)).await?;
                 if fresh && file.record.extending_to.is_some() {
-                    let settled = settle(&self.pools, directory, &file, steps);
-                    file.record = steps.run("finish-extension", settled).await?;
+                    file = self.finish_extension(steps, pool, directory, volume).await?;
                 }
                 let device = directory.file(&file.name).display().to_string();
                 Ok(Volume { identity: file.record.volume_identity(), device, file: Some(file) })
             }
         }
+    }
+
+    /// Ends an extension that was cut off, and nobody else does meanwhile.
+    async fn finish_extension(
+        &self,
+        steps: &Steps,
+        pool: &Pool,
+        directory: &Directory,
+        volume: &VolumeKey,
+    ) -> Result<FoundFile, Failure> {
+        let place = pool.place(&volume.volume);
+        self.claims.begin_extension(&place).map_err(|failure| failure.at("finish-extension"))?;
+        let finished = async {
+            // Another may have ended it before this one's turn.
+            let mut file = find::file(&self.pools, directory, volume).await?;
+            if file.record.extending_to.is_some() {
+                if file.record.format == VolumeFormat::Qcow2 {
+                    // While the server is down nobody can say who has the file open.
+                    self.nfs.make_ready(steps).await?;
+                    let path = directory.file(&file.name);
+                    self.nfs.check_open_nowhere(steps, path, file.found.identity.inode).await?;
+                }
+                let settled = settle(&self.pools, directory, &file, steps);
+                file.record = steps.run("finish-extension", settled).await?;
+                file.found.size = file.record.size.bytes();
+            }
+            Ok(file)
+        };
+        let finished = finished.await;
+        self.claims.end_extension(&place);
+        finished
     }
 
     /// The answer to a new Export.
@@ -262,14 +321,23 @@ impl Exports {
         id: AttachmentId,
         pool: &Pool,
         found: &Volume,
+        clients: &[IpAddr],
         access_mode: AccessMode,
     ) -> Result<ConnectionInfo, Failure> {
         let transport = match (pool, &found.file) {
-            (Pool::Directory(directory), Some(file)) => Transport::Nfs(self.nfs.connection(directory, file)?),
+            (Pool::Directory(directory), Some(file)) => {
+                Transport::Nfs(self.nfs.connection(directory, file, clients)?)
+            }
             _ => Transport::Iscsi(self.iscsi.connection(id, &found.identity)?),
         };
         let identity = &found.identity;
-        Ok(ConnectionInfo { transport, size: identity.size, access_mode, serial: identity.serial() })
+        Ok(ConnectionInfo {
+            transport,
+            size: identity.size,
+            access_mode,
+            serial: identity.serial(),
+            multi_attach: false,
+        })
     }
 
     /// From the record to the kernel. A failure is undone, unless the export was whole before: then it may be in use,
@@ -279,28 +347,42 @@ impl Exports {
         steps: &Steps,
         mut record: ExportRecord,
         identity: &VolumeIdentity,
+        moved: Option<(Connector, Clients)>,
         fresh: bool,
+        others: &[Export],
     ) -> Result<(ConnectionInfo, OperationReport), Failure> {
         let was_exported = record.phase == Phase::Exported;
         let id = record.id;
-        let Some(export) = record.export.clone() else {
+        let Some(mut export) = record.export.clone() else {
             return Err(Failure::new(Reason::Internal, format!("the record of {id} is empty")));
         };
         export.check_identity(id, identity)?;
+        // Until the new addresses are let in the old ones are not shut out.
+        let moved = moved.map(|(connector, clients)| export.move_to(connector, clients));
         match &export.connection.transport {
             Transport::Iscsi(iscsi) => self.iscsi.make_ready(steps, iscsi, fresh).await?,
-            Transport::Nfs(_) => self.nfs.make_ready(steps).await?,
+            Transport::Nfs(nfs) => {
+                self.nfs.make_ready(steps).await?;
+                if fresh {
+                    self.nfs.check_unused(steps, &export, nfs, others).await?;
+                }
+            }
         }
         let made = async {
-            if fresh {
+            if fresh || moved.is_some() {
+                record.export = Some(export.clone());
                 self.write(steps, "write-journal", &record).await?;
             }
             let changed = match &export.connection.transport {
                 Transport::Iscsi(iscsi) => self.iscsi.converge(steps, id, &export, iscsi).await?,
                 Transport::Nfs(nfs) => self.nfs.converge(steps, id, &export, nfs).await?,
             };
-            if !was_exported {
+            if let (Some(moved), Transport::Nfs(nfs)) = (&moved, &export.connection.transport) {
+                self.nfs.leave_addresses(steps, id, &export, moved, nfs).await?;
+            }
+            if !was_exported || moved.is_some() {
                 record.phase = Phase::Exported;
+                record.export = moved.or(record.export.take());
                 self.write(steps, "close-journal", &record).await?;
             }
             Ok(changed)
@@ -329,56 +411,50 @@ impl Exports {
     }
 
     async fn undo(&self, steps: &Steps, id: AttachmentId, export: &Export, mut failure: Failure) -> Failure {
-        match self.take_away(steps, id, export).await {
-            Ok(()) => {
-                let (journal, key) = (self.journal.clone(), id.to_string());
-                let forgotten = steps.run_blocking("undo-write-journal", move || journal.remove(&key)).await;
-                if let Err(error) = forgotten {
-                    failure.undo.push(error.to_string());
-                }
-            }
-            Err(error) => failure.undo.push(error.to_string()),
+        if let Err(error) = self.take_back(steps, id, export).await {
+            failure.undo.push(error.to_string());
         }
         failure
     }
 
-    /// Cuts the connector off and removes whatever there is.
-    async fn take_away(&self, steps: &Steps, id: AttachmentId, export: &Export) -> Result<(), Failure> {
-        match &export.connection.transport {
-            Transport::Iscsi(iscsi) => self.iscsi.take_away(steps, id, &iscsi.target_iqn).await,
-            Transport::Nfs(nfs) => self.nfs.take_away(steps, id, export, nfs).await,
-        }
+    /// A damaged file may be the record of any export that we do not know, and of the one that has this very volume (rule 2), or
+    /// say that it is not wiped to its end: until somebody has looked, no id is taken for new or for gone.
+    fn check_journal(&self, so: &str) -> Result<(), Failure> {
+        let Some(file) = self.journal.damaged().first().or(self.pools.damaged()) else { return Ok(()) };
+        Err(Failure::new(
+            Reason::JournalFailed,
+            format!("the journal has a damaged file, {}: {so}", file.display()),
+        )
+        .at("validate")
+        .next(
+            "repair it or, when its export is gone from targetcli ls and exportfs -v, delete it; then restart the agent",
+        ))
     }
 
-    async fn do_unexport(&self, steps: &Steps, id: AttachmentId) -> Result<OperationReport, Failure> {
-        let record = self.journal.get(&id.to_string());
-        let Some(ExportRecord { export: Some(export), phase, .. }) = record else {
-            if record.is_none() {
-                // A late Export with this id must find it spent (rule 3).
-                let ended = ExportRecord::ended(id);
-                self.write(steps, "write-journal", &ended).await?;
-            }
-            return Ok(steps.report(Outcome::Unchanged));
-        };
-        if phase == Phase::Ended {
-            return Ok(steps.report(Outcome::Unchanged));
-        }
-        let (volume, place) = (export.volume.clone(), export.place());
-        let removing = ExportRecord { id, phase: Phase::Unexporting, export: Some(export.clone()) };
-        self.write(steps, "write-journal", &removing).await?;
-        self.take_away(steps, id, &export).await?;
-        let closed = self.write(steps, "close-journal", &ExportRecord::ended(id)).await;
-        // What the journal has as ended has nothing any more, whatever became of the step.
-        if self.journal.get(&id.to_string()).is_some_and(|record| record.phase == Phase::Ended) {
-            self.claims.release(&place, Claim::Export(id));
-        }
-        closed?;
-        tracing::info!(volume = %volume, "unexported");
-        Ok(steps.report(Outcome::Removed))
+    /// What is recorded of an export that has not ended.
+    fn recorded(&self, id: AttachmentId) -> Option<Export> {
+        self.journal.get(&id.to_string())?.export
     }
 
     async fn write(&self, steps: &Steps, step: &'static str, record: &ExportRecord) -> Result<(), Failure> {
         let (journal, record) = (self.journal.clone(), record.clone());
         steps.run_blocking(step, move || journal.put(&record.id.to_string(), &record)).await
+    }
+}
+
+/// Two disks of one volume on one host would have one WWN and one session's device, or one file and its locks.
+fn check_other_host(volume: &VolumeKey, connector: &Connector, others: &[Export]) -> Result<(), Failure> {
+    let same = |export: &&Export| export.connector.initiator_iqn == connector.initiator_iqn;
+    match others.iter().find(same) {
+        None => Ok(()),
+        Some(_) => Err(Failure::new(
+            Reason::VolumeExported,
+            format!(
+                "volume {volume} is exported to {} already, and has one disk on each host",
+                connector.hostname
+            ),
+        )
+        .at("validate")
+        .next("attach it to a domain of another host, or detach it there first: tether list")),
     }
 }

@@ -3,7 +3,7 @@
 //! Every tool is told to see this pool's physical volumes and nothing else (`--devices`, F10). Not here: wiping and
 //! the order of steps (`volume`), and what a report's text means (`report`).
 
-mod report;
+pub(crate) mod report;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,7 +13,8 @@ use tether_agent_core::failure::{Failure, Reason};
 use tether_proto::{ByteSize, VolumeName};
 
 pub(crate) use report::LogicalVolume;
-use report::{parse_logical_volumes, parse_volume_group};
+pub(crate) use report::ThinPoolUsage;
+use report::{parse_extents, parse_logical_volumes, parse_thin_pool, parse_volume_group};
 
 use crate::identity::{Provisioning, VolumeIdentity};
 
@@ -21,6 +22,8 @@ use crate::identity::{Provisioning, VolumeIdentity};
 pub(crate) const TAG: &str = "tether";
 /// What a thick LV's name begins with until it is wiped (F5).
 pub(crate) const UNWIPED_PREFIX: &str = "tether-unwiped-";
+/// What the name of an LV begins with whose extents are wiped for another one, which they will make larger (F5).
+pub(crate) const EXTENTS_PREFIX: &str = "tether-extents-";
 /// LVM tools wait for each other; this is for all of it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -56,7 +59,7 @@ impl From<LvmError> for Failure {
 }
 
 /// The room in a pool, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Room {
     /// The unit of allocation.
     pub(crate) extent: u64,
@@ -66,6 +69,8 @@ pub(crate) struct Room {
     pub(crate) size: u64,
     /// What is not taken yet.
     pub(crate) free: u64,
+    /// How much of a thin pool's metadata is taken, in percent.
+    pub(crate) metadata_percent: Option<f64>,
 }
 
 /// One pool: a volume group, or a thin pool in it.
@@ -137,6 +142,7 @@ impl Lvm {
                 largest: group.free,
                 size: group.size,
                 free: group.free,
+                metadata_percent: None,
             });
         };
         let lvs = self.report().await?;
@@ -156,7 +162,26 @@ impl Lvm {
             .next(format!("lvchange --zero y {place}")));
         }
         let size = pool.size.bytes();
-        Ok(Room { extent: group.extent, largest: size, size, free: size.saturating_sub(pool.taken) })
+        Ok(Room {
+            extent: group.extent,
+            largest: size,
+            size,
+            free: size.saturating_sub(pool.taken),
+            metadata_percent: pool.metadata_percent,
+        })
+    }
+
+    /// How full the thin pool is; nothing when this pool has none.
+    pub(crate) async fn thin_pool_usage(&self) -> Result<Option<ThinPoolUsage>, LvmError> {
+        let Some(thin_pool) = &self.thin_pool else { return Ok(None) };
+        let output = self
+            .tool("lvs")
+            .args(["--reportformat", "json", "--units", "b", "--nosuffix", "-o"])
+            .arg("lv_size,lv_metadata_size,data_percent,metadata_percent,seg_monitor,vg_free,vg_extent_size")
+            .arg(self.place(thin_pool))
+            .run()
+            .await?;
+        parse_thin_pool(&output.stdout).map(Some).map_err(LvmError::Report)
     }
 
     /// Makes an LV with our tag. `size` is a multiple of the extent. Its content is whatever was there before when
@@ -180,8 +205,23 @@ impl Lvm {
         Ok(())
     }
 
-    /// Makes an LV larger. `size` is a multiple of the extent. What the new part of a thick LV holds is whatever was there
-    /// before.
+    /// Makes a thick LV larger by the extents of another LV, which is removed: the new part holds what that one held. `size` is
+    /// what both have together. When somebody takes an extent in between, it fails, and the LV has its old size.
+    pub(crate) async fn extend_by(&self, name: &str, size: ByteSize, other: &str) -> Result<(), LvmError> {
+        let output = self
+            .tool("lvs")
+            .args(["--reportformat", "json", "--segments", "-o", "seg_pe_ranges"])
+            .arg(self.place(other))
+            .run()
+            .await?;
+        let extents = parse_extents(&output.stdout).map_err(LvmError::Report)?;
+        self.remove(other).await?;
+        let tool = self.tool("lvextend").args(["--yes", "--quiet", "--size", &format!("{}b", size.bytes())]);
+        tool.arg(self.place(name)).args(extents).never_kill().run().await?;
+        Ok(())
+    }
+
+    /// Makes a thin LV larger. `size` is a multiple of the extent.
     pub(crate) async fn extend(&self, name: &str, size: ByteSize) -> Result<(), LvmError> {
         let tool = self.tool("lvextend").args(["--yes", "--quiet", "--size", &format!("{}b", size.bytes())]);
         tool.arg(self.place(name)).never_kill().run().await?;
@@ -243,7 +283,7 @@ impl Lvm {
         let output = self
             .tool("lvs")
             .args(["--reportformat", "json", "--units", "b", "--nosuffix"])
-            .args(["-o", "lv_name,lv_uuid,lv_size,lv_tags,lv_attr,pool_lv,data_percent"])
+            .args(["-o", "lv_name,lv_uuid,lv_size,lv_tags,lv_attr,pool_lv,data_percent,metadata_percent"])
             .arg(&self.volume_group)
             .run()
             .await?;
@@ -284,9 +324,9 @@ fn read(path: &Path) -> Result<String, LvmError> {
     }
 }
 
-/// Names that lvm(8) keeps for itself, and the one that we do.
+/// Names that lvm(8) keeps for itself, and those that we do.
 pub(crate) fn check_name(volume: &VolumeName) -> Result<(), Failure> {
-    const PREFIXES: [&str; 3] = ["snapshot", "pvmove", UNWIPED_PREFIX];
+    const PREFIXES: [&str; 4] = ["snapshot", "pvmove", UNWIPED_PREFIX, EXTENTS_PREFIX];
     const PARTS: [&str; 14] = [
         "_cdata", "_cmeta", "_corig", "_cvol", "_mimage", "_mlog", "_rimage", "_rmeta", "_tdata", "_tmeta",
         "_vdata", "_vorigin", "_pmspare", "_imeta",

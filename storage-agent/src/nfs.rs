@@ -5,7 +5,8 @@
 //! it again and an export touches nobody else's line. `exportfs -r` and `-a` would.
 
 pub(crate) mod clients;
-mod etab;
+mod closed;
+pub(crate) mod etab;
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -17,6 +18,7 @@ use tether_agent_core::command::{CommandError, CommandLine};
 use tether_agent_core::failure::{Failure, Reason};
 use tether_proto::{AccessMode, FileSystemId, PoolName, SharePath};
 
+pub(crate) use clients::{OpenFile, Whose};
 pub(crate) use etab::Line;
 
 /// What each of our fragments begins with; a file without it is somebody else's.
@@ -40,6 +42,12 @@ pub(crate) enum NfsError {
     /// A file that we did not write has our name.
     #[error("{} was not written by Tether", path.display())]
     ForeignFragment { path: PathBuf },
+    /// A client has a volume's file open.
+    #[error("{address} has {} open", file.display())]
+    Open { file: PathBuf, address: IpAddr, client: PathBuf },
+    /// The server runs, and does not know yet what its clients have open.
+    #[error("the NFS server of this host was just started, and does not know yet who has files open")]
+    Starting,
     /// The server does not run.
     #[error("the NFS server of this host does not run: {} says so", path.display())]
     Down { path: PathBuf },
@@ -53,6 +61,14 @@ impl From<NfsError> for Failure {
                 .next("see the disk and the rights of that path on the storage host"),
             NfsError::ForeignFragment { path } => Self::from_error(Reason::NotOurs, &error)
                 .next(format!("see who wrote it, and move it away: {}", path.display())),
+            NfsError::Open { address, client, .. } => Self::from_error(Reason::VolumeInUse, &error).next(format!(
+                "if a domain has it as a disk, detach it (tether detach ID); see what else has it open on {address}. A host \
+                 that was refused the share for a while may have closed it unheard: when no volume of the pool is attached \
+                 there any more, or when that host is off for good, on the storage host: echo expire >{}/ctl, which ends \
+                 all that it has open; then call again",
+                client.display()
+            )),
+            NfsError::Starting => Self::from_error(Reason::NfsServerStarting, &error),
             NfsError::Down { .. } => Self::from_error(Reason::NfsServerDown, &error),
         }
     }
@@ -147,6 +163,12 @@ impl Nfs {
         }
     }
 
+    /// Does the server speak NFS 3, of which it cannot tell who has a file open?
+    pub(crate) fn speaks_version_3(&self) -> bool {
+        std::fs::read_to_string(self.nfsd.join("versions"))
+            .is_ok_and(|versions| versions.split_whitespace().any(|version| version == "+3"))
+    }
+
     /// The lines that are shared now.
     pub(crate) fn lines(&self) -> Result<Vec<Line>, NfsError> {
         match std::fs::read_to_string(&self.etab) {
@@ -200,8 +222,9 @@ impl Nfs {
     /// Shares a directory with one address, or changes how it is shared.
     pub(crate) async fn share(&self, share: &Share) -> Result<(), NfsError> {
         let options = share.options();
+        // -i: what others have written into /etc/exports is neither read nor waited for.
         let line = client_and_path(share.address, &share.path);
-        CommandLine::new(EXPORTFS).args(["-o", &options, &line]).run().await?;
+        CommandLine::new(EXPORTFS).args(["-i", "-o", &options, &line]).run().await?;
         Ok(())
     }
 
@@ -211,9 +234,56 @@ impl Nfs {
         Ok(())
     }
 
-    /// Where nfsd shows its clients.
-    pub(crate) fn clients(&self) -> PathBuf {
-        self.nfsd.join("clients")
+    /// All files that clients have open.
+    pub(crate) fn open_files(&self) -> Result<Vec<OpenFile>, NfsError> {
+        let clients = self.nfsd.join("clients");
+        clients::open_files(&clients, &Whose::all()).map_err(failed("reading", &clients))
+    }
+
+    /// Checks that none of these clients, or of all, has a volume's file open. One that is about to close it is waited for.
+    ///
+    /// # Errors
+    /// [`NfsError::Open`]; `Starting` and `Io` when it cannot be found out.
+    pub(crate) fn check_closed(&self, file: &Path, inode: u64, whose: &Whose) -> Result<(), NfsError> {
+        // Until its clients had the time to claim again what they have open, a server that was started knows nothing of it.
+        let grace = self.nfsd.join("v4_end_grace");
+        match std::fs::read_to_string(&grace) {
+            Ok(ended) if ended.trim() == "N" => return Err(NfsError::Starting),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed("reading", &grace)(error));
+            }
+            _ => {}
+        }
+        let clients = self.nfsd.join("clients");
+        let open =
+            closed::still_open(&clients, file, inode, whose).map_err(failed("looking who has open", file))?;
+        match open.into_iter().next() {
+            None => Ok(()),
+            Some(OpenFile { address, client, .. }) => {
+                Err(NfsError::Open { file: file.to_owned(), address, client })
+            }
+        }
+    }
+
+    /// Makes the server forget these clients that have a file open, with all that they have open (`client_ctl_write` in the
+    /// kernel's fs/nfsd/nfs4state.c waits until it is done), and proves it. They must be cut off from the share before.
+    pub(crate) fn expire(&self, file: &Path, inode: u64, whose: &Whose) -> Result<(), NfsError> {
+        let clients = self.nfsd.join("clients");
+        let look =
+            || closed::still_open(&clients, file, inode, whose).map_err(failed("looking who has open", file));
+        for OpenFile { client, .. } in look()? {
+            let control = client.join("ctl");
+            match std::fs::write(&control, "expire\n") {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                outcome => outcome.map_err(failed("writing", &control))?,
+            }
+        }
+        match look()?.into_iter().next() {
+            None => Ok(()),
+            Some(OpenFile { address, client, .. }) => {
+                Err(NfsError::Open { file: file.to_owned(), address, client })
+            }
+        }
     }
 
     fn fragment(&self, pool: &PoolName, address: IpAddr) -> PathBuf {

@@ -3,18 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::journal::Journal;
-use tether_agent_core::steps::{KERNEL_DEADLINE, blocking};
+use tether_agent_core::stuck::Stuck;
 use tether_proto::{FileSystemId, PoolName, VolumeKey, VolumeName, wire};
 use uuid::Uuid;
 
 use crate::config::{self, Config};
 use crate::directory::{Directory, DirectoryError};
 use crate::lvm::{self, Lvm};
-use crate::volume::record::{DirectoryRecord, ExtensionRecord, FileRecord, journal_key};
+use crate::volume::record::{
+    DirectoryRecord, ExtensionRecord, FileRecord, MultiAttachRecord, OperationRecord, VolumeOperation,
+    journal_key,
+};
 
 /// Where volumes live.
 #[derive(Debug, Clone)]
@@ -46,12 +49,20 @@ impl Pool {
 /// The pools, and the journals that go with them.
 pub(crate) struct Pools {
     pools: BTreeMap<PoolName, Pool>,
+    /// What hangs in the kernel.
+    pub(crate) stuck: Stuck,
     /// The directories that were used, by pool.
     directories: Journal<DirectoryRecord>,
+    /// Two that use a directory for the first time at once must not give it two ids.
+    first_use: Mutex<()>,
     /// The files that we made, by `POOL@VOLUME`.
     pub(crate) files: Journal<FileRecord>,
     /// The extensions of thick LVs that are not finished, by `POOL@VOLUME`.
     pub(crate) extensions: Journal<ExtensionRecord>,
+    /// What is about to be done to LVs, by `POOL@VOLUME`.
+    pub(crate) operations: Journal<OperationRecord>,
+    /// The LVs that are multi_attach, by `POOL@VOLUME`.
+    pub(crate) multi_attach: Journal<MultiAttachRecord>,
 }
 
 impl Pools {
@@ -60,13 +71,15 @@ impl Pools {
     /// # Errors
     /// When a journal cannot be opened.
     pub(crate) async fn open(config: &Config) -> Result<Arc<Self>, Failure> {
+        let stuck = Stuck::default();
         let pools = config.pool.iter().map(|(name, pool)| {
             let pool = match pool {
-                config::Pool::Lvm { volume_group, thin_pool, devices } => {
+                config::Pool::Lvm { volume_group, thin_pool, devices, .. } => {
                     Pool::Logical(Lvm::new(volume_group, thin_pool.as_deref(), devices))
                 }
-                config::Pool::Directory { path, owner_uid, owner_gid } => {
-                    Pool::Directory(Directory::new(path.clone(), *owner_uid, *owner_gid))
+                config::Pool::Directory { path, owner_uid, owner_gid, .. } => {
+                    let stuck = stuck.clone();
+                    Pool::Directory(Directory::new(path.clone(), *owner_uid, *owner_gid, stuck))
                 }
             };
             (name.clone(), pool)
@@ -74,9 +87,13 @@ impl Pools {
         let state = &config.state_directory;
         let pools = Arc::new(Self {
             pools: pools.collect(),
+            stuck,
             directories: Journal::open(&state.join("pools"))?,
+            first_use: Mutex::default(),
             files: Journal::open(&state.join("files"))?,
             extensions: Journal::open(&state.join("extensions"))?,
+            operations: Journal::open(&state.join("operations"))?,
+            multi_attach: Journal::open(&state.join("multi-attach"))?,
         });
         for (name, pool) in &pools.pools {
             let Pool::Directory(directory) = pool else { continue };
@@ -85,8 +102,7 @@ impl Pools {
             }
             let looked = directory.clone();
             // A file system that hangs keeps its own pool waiting, and not the agent.
-            let beside =
-                blocking(KERNEL_DEADLINE, move || Ok::<_, Failure>(looked.on_root_file_system())).await;
+            let beside = directory.look(move || Ok::<_, Failure>(looked.on_root_file_system())).await;
             if beside.unwrap_or(false) {
                 tracing::warn!(
                     pool = %name, path = %directory.path(),
@@ -124,7 +140,13 @@ impl Pools {
 
     /// A file of these journals that could not be understood.
     pub(crate) fn damaged(&self) -> Option<&PathBuf> {
-        let all = [self.directories.damaged(), self.files.damaged(), self.extensions.damaged()];
+        let all = [
+            self.directories.damaged(),
+            self.files.damaged(),
+            self.extensions.damaged(),
+            self.operations.damaged(),
+            self.multi_attach.damaged(),
+        ];
         all.into_iter().flatten().next()
     }
 
@@ -134,8 +156,8 @@ impl Pools {
         name: &PoolName,
         directory: &Directory,
     ) -> Result<(), Failure> {
-        let (this, name, directory) = (self.clone(), name.clone(), directory.clone());
-        blocking(KERNEL_DEADLINE, move || this.check(&name, &directory).map(drop)).await
+        let (this, name, looked) = (self.clone(), name.clone(), directory.clone());
+        directory.look(move || this.check(&name, &looked).map(drop)).await
     }
 
     /// The same, and the record of it, which the first use makes.
@@ -144,15 +166,22 @@ impl Pools {
         name: &PoolName,
         directory: &Directory,
     ) -> Result<DirectoryRecord, Failure> {
-        let (this, name, directory) = (self.clone(), name.clone(), directory.clone());
+        let (this, name, looked) = (self.clone(), name.clone(), directory.clone());
         let work = move || {
-            let (record, known) = this.check(&name, &directory)?;
-            if !known {
-                this.directories.put(name.as_str(), &record)?;
-            }
-            Ok::<_, Failure>(this.directories.get(name.as_str()).unwrap_or(record))
+            let (record, known) = this.check(&name, &looked)?;
+            if known { Ok(record) } else { this.record_first_use(&name, record) }
         };
-        blocking(KERNEL_DEADLINE, work).await
+        directory.look(work).await
+    }
+
+    /// Keeps the record of a directory, unless another operation was first: then its record counts.
+    fn record_first_use(&self, name: &PoolName, record: DirectoryRecord) -> Result<DirectoryRecord, Failure> {
+        let _alone = self.first_use.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(first) = self.directories.get(name.as_str()) {
+            return Ok(first);
+        }
+        self.directories.put(name.as_str(), &record)?;
+        Ok(record)
     }
 
     /// The record of a pool's directory, and whether it is in the journal.
@@ -183,9 +212,34 @@ impl Pools {
         }
     }
 
+    /// The ids of the file systems that we share.
+    pub(crate) fn file_system_ids(&self) -> Vec<FileSystemId> {
+        self.directories.list().into_iter().map(|record| record.file_system_id).collect()
+    }
+
     /// What is recorded of a file.
     pub(crate) fn file(&self, volume: &VolumeKey) -> Option<FileRecord> {
         self.files.get(&journal_key(volume))
+    }
+
+    /// A volume of which the deletion was cut off may go at any moment: it is used for nothing.
+    ///
+    /// # Errors
+    /// `VOLUME_NOT_FOUND`, for then it counts as gone.
+    pub(crate) fn check_not_deleting(&self, volume: &VolumeKey) -> Result<(), Failure> {
+        let record = self.operations.get(&journal_key(volume));
+        if record.is_some_and(|record| record.operation == VolumeOperation::Delete) {
+            return Err(not_found(volume).at("validate").next("its deletion was cut off: delete it again"));
+        }
+        Ok(())
+    }
+
+    /// The permanent id of a volume that several hosts may have at a time; nothing for any other.
+    pub(crate) fn multi_attach(&self, volume: &VolumeKey) -> Option<String> {
+        match self.file(volume) {
+            Some(record) => Some(record.uuid).filter(|_| record.multi_attach),
+            None => self.multi_attach.get(&journal_key(volume))?.uuid,
+        }
     }
 
     /// The extension of an LV that is not finished.
@@ -207,10 +261,14 @@ mod tests {
     fn pools(state: &tempfile::TempDir) -> Arc<Pools> {
         let open = |name: &str| state.path().join(name);
         Arc::new(Pools {
+            stuck: Stuck::default(),
             pools: BTreeMap::new(),
             directories: Journal::open(&open("pools")).unwrap(),
+            first_use: Mutex::default(),
             files: Journal::open(&open("files")).unwrap(),
             extensions: Journal::open(&open("extensions")).unwrap(),
+            operations: Journal::open(&open("operations")).unwrap(),
+            multi_attach: Journal::open(&open("multi-attach")).unwrap(),
         })
     }
 
@@ -221,7 +279,7 @@ mod tests {
         let make = |name: &str| {
             let path = root.join(name);
             std::fs::create_dir(&path).unwrap();
-            Directory::new(path.display().to_string().parse().unwrap(), 64055, 64055)
+            Directory::new(path.display().to_string().parse().unwrap(), 64055, 64055, Stuck::default())
         };
         let (directory, other) = (make("share"), make("other"));
         let name: PoolName = "share".parse().unwrap();
@@ -239,6 +297,31 @@ mod tests {
         assert!(refused.message.contains("is its file system mounted?"), "{refused}");
         let refused = pools.use_directory(&name, &other).await.unwrap_err();
         assert!(refused.message.contains("was used with"), "{refused}");
+    }
+
+    /// F20: two first volumes at once.
+    #[test]
+    fn f20_a_directory_that_several_use_first_at_once_has_one_id() {
+        let state = tempfile::tempdir().unwrap();
+        let (pools, name) = (pools(&state), "share".parse::<PoolName>().unwrap());
+        let identity = crate::directory::FileIdentity::of(&std::fs::metadata(state.path()).unwrap());
+        let ready = std::sync::Barrier::new(8);
+        let ids: std::collections::BTreeSet<String> = std::thread::scope(|scope| {
+            let uses: Vec<_> = (1..=8)
+                .map(|number| {
+                    let file_system_id = FileSystemId::new(Uuid::from_u128(number)).unwrap();
+                    let path = "/srv/share".parse().unwrap();
+                    let record = DirectoryRecord { pool: name.clone(), path, identity, file_system_id };
+                    let (pools, name, ready) = (&pools, &name, &ready);
+                    scope.spawn(move || {
+                        ready.wait();
+                        pools.record_first_use(name, record).unwrap().file_system_id.to_string()
+                    })
+                })
+                .collect();
+            uses.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        assert_eq!(ids.len(), 1, "{ids:?}");
     }
 
     #[test]

@@ -1,13 +1,17 @@
 //! What the journal holds of an export: how a record is made, and whether a later call may go on with it. Not here:
 //! what is done with it (`export`).
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::force::Force;
+use tether_agent_core::reconcile;
 use tether_proto::{AccessMode, AttachmentId, ConnectionInfo, Connector, Transport, VolumeKey};
 
+use crate::claims::{Claim, Sharing, sharing};
 use crate::identity::VolumeIdentity;
 
 /// Where an export is in its life.
@@ -43,8 +47,17 @@ pub(crate) struct ExportRecord {
     pub(crate) id: AttachmentId,
     /// Where it is in its life.
     pub(crate) phase: Phase,
-    /// What was exported; nothing when the id was ended before it was ever used.
+    /// What was exported; nothing once it ended.
     pub(crate) export: Option<Export>,
+    /// When it ended, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) ended: Option<u64>,
+    /// Its end is or was forced.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) forced: bool,
+    /// What may have been lost by that, sentences for people.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) may_be_lost: Vec<String>,
 }
 
 /// What is exported to whom.
@@ -70,6 +83,9 @@ pub(crate) struct Export {
 pub(crate) struct Clients {
     /// The connector's addresses, each with a line of its own.
     pub(crate) addresses: Vec<IpAddr>,
+    /// Those that it had before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) former: Vec<IpAddr>,
     /// The owner of the pool's files, whom every client is.
     pub(crate) owner_uid: u32,
     /// Their group.
@@ -79,12 +95,26 @@ pub(crate) struct Clients {
 impl ExportRecord {
     /// The record of a new export.
     pub(crate) fn new(id: AttachmentId, export: Export) -> Self {
-        Self { id, phase: Phase::Exporting, export: Some(export) }
+        let (phase, export) = (Phase::Exporting, Some(export));
+        Self { id, phase, export, ended: None, forced: false, may_be_lost: Vec::new() }
     }
 
     /// What is left when an export has ended: the id, which is spent.
     pub(crate) fn ended(id: AttachmentId) -> Self {
-        Self { id, phase: Phase::Ended, export: None }
+        let (phase, ended) = (Phase::Ended, Some(reconcile::now()));
+        Self { id, phase, export: None, ended, forced: false, may_be_lost: Vec::new() }
+    }
+
+    /// The same, of which the end is or was forced.
+    pub(crate) fn forced_by(self, force: &Force) -> Self {
+        Self { forced: force.is_on(), may_be_lost: force.may_be_lost().to_vec(), ..self }
+    }
+
+    /// Did the hypervisor have the same addresses when it was exported? Of a target they do not matter.
+    pub(crate) fn has_addresses_of(&self, connector: &Connector) -> bool {
+        let set = |connector: &Connector| connector.addresses.iter().copied().collect::<BTreeSet<_>>();
+        let other = |export: &Export| export.share.is_some() && set(&export.connector) != set(connector);
+        !self.export.as_ref().is_some_and(other)
     }
 
     /// May this call go on with what is recorded under its id?
@@ -127,6 +157,16 @@ impl Export {
         }
     }
 
+    /// With whom it shares its volume.
+    pub(crate) fn sharing(&self) -> Sharing {
+        sharing(self.connection.multi_attach, self.connection.access_mode)
+    }
+
+    /// What it claims.
+    pub(crate) fn claim(&self, id: AttachmentId) -> Claim {
+        Claim::Export(id, self.sharing())
+    }
+
     /// The file that is exported; nothing for a target.
     pub(crate) fn file(&self) -> Option<PathBuf> {
         match &self.connection.transport {
@@ -138,6 +178,29 @@ impl Export {
     /// With whom the file's directory is shared.
     pub(crate) fn client_addresses(&self) -> &[IpAddr] {
         self.share.as_ref().map_or(&[], |clients| &clients.addresses)
+    }
+
+    /// All addresses that its clients have had: nfsd knows a client by the first one.
+    pub(crate) fn all_addresses(&self) -> Vec<IpAddr> {
+        let clients = self.share.iter();
+        clients.flat_map(|clients| clients.addresses.iter().chain(&clients.former)).copied().collect()
+    }
+
+    /// Lets the hypervisor's new addresses in, beside the old ones. Gives what it is once the old ones are shut out. Until then
+    /// the connector is the old one: a call that is repeated goes on with it.
+    pub(crate) fn move_to(&mut self, connector: Connector, clients: Clients) -> Self {
+        let all: BTreeSet<IpAddr> =
+            self.all_addresses().into_iter().chain(clients.addresses.clone()).collect();
+        let with = |addresses: Vec<IpAddr>| {
+            let former = all.iter().filter(|address| !addresses.contains(address)).copied().collect();
+            Some(Clients { addresses, former, ..clients.clone() })
+        };
+        let moved = Self { connector, share: with(clients.addresses.clone()), ..self.clone() };
+        // One that was shut out already may be another machine's by now.
+        let both: BTreeSet<IpAddr> =
+            self.client_addresses().iter().chain(&clients.addresses).copied().collect();
+        self.share = with(both.into_iter().collect());
+        moved
     }
 
     /// Is the volume of that name still the one that was exported? One that was deleted and made again under the same
@@ -184,6 +247,47 @@ impl Export {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A move that is cut off between its two writes goes on with the same call, and what a client was known by stays known.
+    #[test]
+    fn f47_a_hypervisor_that_moves_is_let_in_before_it_is_shut_out_elsewhere() {
+        let addresses = |list: &[&str]| list.iter().map(|one| one.parse().unwrap()).collect::<Vec<IpAddr>>();
+        let connector = |list: &[&str]| Connector {
+            hostname: "c".into(),
+            initiator_iqn: "iqn.2026-11.io.example:c".parse().unwrap(),
+            addresses: addresses(list),
+            versions: Default::default(),
+        };
+        let clients = |list: &[&str]| Clients {
+            addresses: addresses(list),
+            former: Vec::new(),
+            owner_uid: 1,
+            owner_gid: 1,
+        };
+        let text = r#"{"volume":{"pool":"share","volume":"a"},"device":"/srv/a.raw","unit_serial":"0",
+            "connector":{"hostname":"c","initiator_iqn":"iqn.2026-11.io.example:c","addresses":["10.0.0.2"],"versions":{}},
+            "connection":{"nfs":{"servers":["10.0.0.1"],"path":"/srv","file":"a.raw","format":"raw","inode":7,
+            "file_system_id":"67e55044-10b1-426f-9247-bb680e5fe0c8"},"size":4096,"access_mode":"read-write","serial":"s"},
+            "share":{"addresses":["10.0.0.2"],"owner_uid":1,"owner_gid":1}}"#;
+        let mut export: Export = serde_json::from_str(text).unwrap();
+        let id = "11111111-1111-4111-8111-111111111111".parse().unwrap();
+        let moved = export.move_to(connector(&["10.0.0.3"]), clients(&["10.0.0.3"]));
+        assert_eq!(export.client_addresses(), addresses(&["10.0.0.2", "10.0.0.3"]));
+        assert!(!ExportRecord::new(id, export.clone()).has_addresses_of(&connector(&["10.0.0.3"])));
+        assert!(ExportRecord::new(id, moved.clone()).has_addresses_of(&connector(&["10.0.0.3"])));
+        assert_eq!(moved.client_addresses(), addresses(&["10.0.0.3"]));
+        assert_eq!(moved.all_addresses(), addresses(&["10.0.0.3", "10.0.0.2"]));
+        // And back again.
+        let mut export = moved;
+        let back = export.move_to(connector(&["10.0.0.2"]), clients(&["10.0.0.2"]));
+        assert_eq!(back.all_addresses(), addresses(&["10.0.0.2", "10.0.0.3"]));
+        // And on: what was shut out is not let in again on the way.
+        let mut export = back;
+        let on = export.move_to(connector(&["10.0.0.4"]), clients(&["10.0.0.4"]));
+        assert_eq!(export.client_addresses(), addresses(&["10.0.0.2", "10.0.0.4"]));
+        assert_eq!(export.all_addresses(), addresses(&["10.0.0.2", "10.0.0.4", "10.0.0.3"]));
+        assert_eq!(on.all_addresses(), addresses(&["10.0.0.4", "10.0.0.2", "10.0.0.3"]));
+    }
 
     /// As agents wrote it that knew iSCSI alone.
     #[test]

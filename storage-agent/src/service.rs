@@ -1,35 +1,66 @@
 //! The wire of the storage agent: decode and validate, hand over to the engines, encode. No order of steps here.
+//! What may change something is done under `Change`, which writes its line in the audit.
 
 use std::sync::Arc;
 
+use tether_agent_core::audit::Change;
+use tether_agent_core::doctor::diagnose;
+use tether_agent_core::events::{EventStream, Source};
 use tether_agent_core::failure::Failure;
-use tether_agent_core::operations::Operations;
 use tether_agent_core::services::{StepStream, step_stream};
 use tether_proto::wire::storage_agent_server::StorageAgent;
 use tether_proto::{AccessMode, AttachmentId, ByteSize, Connector, ParseError, Transport, VolumeKey, wire};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use crate::config::Config;
+use crate::doctor;
 use crate::export::{ExportView, Exports};
 use crate::identity::Provisioning;
 use crate::volume::{PoolView, VolumeView, Volumes, Wanted};
+use crate::watch;
 
 /// The gRPC service.
 pub(crate) struct Service {
+    config: Config,
     exports: Arc<Exports>,
     volumes: Arc<Volumes>,
+    /// What is looked at while somebody watches.
+    sources: Vec<Source>,
     shutdown: CancellationToken,
 }
 
 impl Service {
     /// The service in front of the engines.
-    pub(crate) fn new(exports: Arc<Exports>, volumes: Arc<Volumes>, shutdown: CancellationToken) -> Self {
-        Self { exports, volumes, shutdown }
+    pub(crate) fn new(
+        config: Config,
+        exports: Arc<Exports>,
+        volumes: Arc<Volumes>,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let sources = watch::sources(&config, &exports, &volumes);
+        Self { config, exports, volumes, sources, shutdown }
     }
+}
+
+/// All that the journals know, exports first: guests wait for them.
+pub(crate) async fn reconcile(
+    exports: &Arc<Exports>,
+    volumes: &Arc<Volumes>,
+    dry_run: bool,
+) -> wire::ReconcileResponse {
+    let mut findings = exports.reconcile(dry_run).await;
+    findings.join(volumes.reconcile(dry_run).await);
+    findings.into_response()
 }
 
 fn key(pool: &str, volume: &str) -> Result<VolumeKey, Failure> {
     Ok(VolumeKey { pool: pool.parse()?, volume: volume.parse()? })
+}
+
+/// A volume as the audit names it, whether it has a legal name or not.
+fn volume_text(pool: &str, volume: &str) -> String {
+    format!("{pool}/{volume}")
 }
 
 /// What a new volume is to be; provisioning that is not said is the pool's.
@@ -43,7 +74,12 @@ fn wanted(request: &wire::CreateVolumeRequest) -> Result<Wanted, ParseError> {
             return Err(ParseError::new("provisioning", problem, &request.provisioning.to_string()));
         }
     };
-    Ok(Wanted { size: request.size_bytes.try_into()?, format: request.format.try_into()?, provisioning })
+    Ok(Wanted {
+        size: request.size_bytes.try_into()?,
+        format: request.format.try_into()?,
+        provisioning,
+        multi_attach: request.multi_attach,
+    })
 }
 
 fn attachment_id(text: &str) -> Result<AttachmentId, Failure> {
@@ -56,29 +92,60 @@ impl StorageAgent for Service {
         &self,
         request: Request<wire::CreateVolumeRequest>,
     ) -> Result<Response<wire::CreateVolumeResponse>, Status> {
+        let change = Change::of(&request);
         let request = request.into_inner();
-        let wanted = wanted(&request).map_err(Failure::from)?;
-        let (volume, report) = self.volumes.create(key(&request.pool, &request.volume)?, wanted).await?;
-        Ok(Response::new(wire::CreateVolumeResponse { volume: Some(volume.into()), report: Some(report) }))
+        let volumes = self.volumes.clone();
+        change
+            .volume(&volume_text(&request.pool, &request.volume))
+            .run(
+                async move {
+                    let wanted = wanted(&request)?;
+                    let key = key(&request.pool, &request.volume)?;
+                    let (volume, report) = volumes.create(key, wanted).await?;
+                    Ok(wire::CreateVolumeResponse { volume: Some(volume.into()), report: Some(report) })
+                },
+                |reply| reply.report.as_ref(),
+            )
+            .await
     }
 
     async fn delete_volume(
         &self,
         request: Request<wire::DeleteVolumeRequest>,
     ) -> Result<Response<wire::DeleteVolumeResponse>, Status> {
+        let change = Change::of(&request);
         let request = request.into_inner();
-        let report = self.volumes.delete(key(&request.pool, &request.volume)?).await?;
-        Ok(Response::new(wire::DeleteVolumeResponse { report: Some(report) }))
+        let volumes = self.volumes.clone();
+        change
+            .volume(&volume_text(&request.pool, &request.volume))
+            .run(
+                async move {
+                    let report = volumes.delete(key(&request.pool, &request.volume)?).await?;
+                    Ok(wire::DeleteVolumeResponse { report: Some(report) })
+                },
+                |reply| reply.report.as_ref(),
+            )
+            .await
     }
 
     async fn extend_volume(
         &self,
         request: Request<wire::ExtendVolumeRequest>,
     ) -> Result<Response<wire::ExtendVolumeResponse>, Status> {
+        let change = Change::of(&request);
         let request = request.into_inner();
-        let size = ByteSize::try_from(request.size_bytes).map_err(Failure::from)?;
-        let (volume, report) = self.volumes.extend(key(&request.pool, &request.volume)?, size).await?;
-        Ok(Response::new(wire::ExtendVolumeResponse { volume: Some(volume.into()), report: Some(report) }))
+        let volumes = self.volumes.clone();
+        change
+            .volume(&volume_text(&request.pool, &request.volume))
+            .run(
+                async move {
+                    let size = ByteSize::try_from(request.size_bytes)?;
+                    let (volume, report) = volumes.extend(key(&request.pool, &request.volume)?, size).await?;
+                    Ok(wire::ExtendVolumeResponse { volume: Some(volume.into()), report: Some(report) })
+                },
+                |reply| reply.report.as_ref(),
+            )
+            .await
     }
 
     async fn get_volume(
@@ -114,26 +181,55 @@ impl StorageAgent for Service {
         &self,
         request: Request<wire::ExportRequest>,
     ) -> Result<Response<wire::ExportResponse>, Status> {
+        let change = Change::of(&request);
         let request = request.into_inner();
-        let id = attachment_id(&request.attachment_id)?;
-        let volume = key(&request.pool, &request.volume)?;
-        let connector =
-            request.connector.as_ref().ok_or_else(|| Failure::from(ParseError::missing("connector")))?;
-        let connector = Connector::try_from(connector).map_err(Failure::from)?;
-        let access_mode = AccessMode::try_from(request.access_mode).map_err(Failure::from)?;
-        let (connection, report) = self.exports.export(id, volume, connector, access_mode).await?;
-        Ok(Response::new(wire::ExportResponse {
-            connection_info: Some((&connection).into()),
-            report: Some(report),
-        }))
+        let exports = self.exports.clone();
+        change
+            .attachment(&request.attachment_id)
+            .volume(&volume_text(&request.pool, &request.volume))
+            .run(
+                async move {
+                    let id = attachment_id(&request.attachment_id)?;
+                    let volume = key(&request.pool, &request.volume)?;
+                    let connector =
+                        request.connector.as_ref().ok_or_else(|| ParseError::missing("connector"))?;
+                    let connector = Connector::try_from(connector)?;
+                    let access_mode = AccessMode::try_from(request.access_mode)?;
+                    let (connection, report) = exports.export(id, volume, connector, access_mode).await?;
+                    Ok(wire::ExportResponse {
+                        connection_info: Some((&connection).into()),
+                        report: Some(report),
+                    })
+                },
+                |reply| reply.report.as_ref(),
+            )
+            .await
     }
 
     async fn unexport(
         &self,
         request: Request<wire::UnexportRequest>,
     ) -> Result<Response<wire::UnexportResponse>, Status> {
-        let report = self.exports.unexport(attachment_id(&request.into_inner().attachment_id)?).await?;
-        Ok(Response::new(wire::UnexportResponse { report: Some(report) }))
+        let mut change = Change::of(&request);
+        let request = request.into_inner();
+        // The request does not say which volume it is; afterwards nobody knows.
+        if let Some(volume) =
+            attachment_id(&request.attachment_id).ok().and_then(|id| self.exports.volume(id))
+        {
+            change = change.volume(&volume.to_string());
+        }
+        let exports = self.exports.clone();
+        change
+            .attachment(&request.attachment_id)
+            .run(
+                async move {
+                    let id = attachment_id(&request.attachment_id)?;
+                    let (report, may_be_lost) = exports.unexport(id, request.force).await?;
+                    Ok(wire::UnexportResponse { report: Some(report), may_be_lost })
+                },
+                |reply| reply.report.as_ref(),
+            )
+            .await
     }
 
     async fn get_export(
@@ -152,6 +248,38 @@ impl StorageAgent for Service {
         Ok(Response::new(wire::ListExportsResponse { exports }))
     }
 
+    async fn reconcile(
+        &self,
+        request: Request<wire::ReconcileRequest>,
+    ) -> Result<Response<wire::ReconcileResponse>, Status> {
+        let change = Change::of(&request);
+        let dry_run = request.into_inner().dry_run;
+        let (exports, volumes) = (self.exports.clone(), self.volumes.clone());
+        change.reconcile(async move { reconcile(&exports, &volumes, dry_run).await }).await
+    }
+
+    async fn list_objects(
+        &self,
+        _request: Request<wire::ListObjectsRequest>,
+    ) -> Result<Response<wire::ListObjectsResponse>, Status> {
+        Ok(Response::new(wire::ListObjectsResponse { objects: self.exports.objects().await? }))
+    }
+
+    async fn diagnose(
+        &self,
+        request: Request<wire::DiagnoseRequest>,
+    ) -> Result<Response<wire::DiagnoseResponse>, Status> {
+        let (checks, about) = (doctor::checks(&self.config), doctor::about(&self.config));
+        Ok(Response::new(diagnose(request.into_inner(), checks, about).await?))
+    }
+
+    type WatchStream = EventStream;
+
+    async fn watch(&self, _request: Request<wire::WatchRequest>) -> Result<Response<EventStream>, Status> {
+        let events = self.exports.operations().events();
+        Ok(Response::new(events.watch(self.sources.clone(), self.shutdown.clone())))
+    }
+
     type WatchOperationStream = StepStream;
 
     async fn watch_operation(
@@ -159,15 +287,12 @@ impl StorageAgent for Service {
         request: Request<wire::WatchOperationRequest>,
     ) -> Result<Response<Self::WatchOperationStream>, Status> {
         use wire::watch_operation_request::Key;
-        let (operations, key): (&Operations, String) = match request.into_inner().key {
-            Some(Key::AttachmentId(id)) => (self.exports.operations(), attachment_id(&id)?.to_string()),
-            Some(Key::Volume(volume)) => {
-                let volume = VolumeKey::try_from(&volume).map_err(Failure::from)?;
-                (self.volumes.operations(), volume.to_string())
-            }
+        let key = match request.into_inner().key {
+            Some(Key::AttachmentId(id)) => attachment_id(&id)?.to_string(),
+            Some(Key::Volume(volume)) => VolumeKey::try_from(&volume).map_err(Failure::from)?.to_string(),
             None => return Err(Failure::from(ParseError::missing("key")).into()),
         };
-        Ok(Response::new(step_stream(operations.clone(), key, self.shutdown.clone())))
+        Ok(Response::new(step_stream(self.exports.operations().clone(), key, self.shutdown.clone())))
     }
 }
 
@@ -190,7 +315,8 @@ impl From<VolumeView> for wire::Volume {
             uuid: view.identity.uuid,
             provisioning: provisioning.into(),
             created_by_tether: view.ours,
-            exported_for: view.exported_for.map(|id| id.to_string()).unwrap_or_default(),
+            exported_for: view.exported_for.iter().map(ToString::to_string).collect(),
+            multi_attach: view.multi_attach,
             format: wire::VolumeFormat::from(view.format).into(),
             transport: view.transport.into(),
         }
@@ -222,6 +348,7 @@ impl From<ExportView> for wire::ExportStatus {
             phase: view.phase.as_str().to_owned(),
             enabled: view.enabled,
             connected: view.connected,
+            may_be_lost: view.may_be_lost,
             ..Self::default()
         };
         let Some(export) = view.export else { return status };

@@ -4,21 +4,23 @@
 mod file;
 pub(crate) mod find;
 mod logical;
+mod reconcile;
 pub(crate) mod record;
 
 use std::sync::Arc;
 
 pub(crate) use file::settle;
-pub(crate) use logical::check_extended;
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::operations::Operations;
-use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
+use tether_agent_core::steps::Steps;
 use tether_proto::wire::{self, OperationReport};
 use tether_proto::{AttachmentId, ByteSize, PoolName, VolumeFormat, VolumeKey};
 
 use crate::claims::Claims;
 use crate::identity::{Provisioning, VolumeIdentity};
+use crate::nfs::Nfs;
 use crate::pool::{Pool, Pools, not_found};
+use record::FilePhase;
 
 /// A volume as it is now.
 #[derive(Debug, Clone)]
@@ -29,7 +31,8 @@ pub(crate) struct VolumeView {
     pub(crate) provisioning: Provisioning,
     pub(crate) transport: wire::Transport,
     pub(crate) ours: bool,
-    pub(crate) exported_for: Option<AttachmentId>,
+    pub(crate) exported_for: Vec<AttachmentId>,
+    pub(crate) multi_attach: bool,
 }
 
 /// What a new volume is to be.
@@ -39,6 +42,7 @@ pub(crate) struct Wanted {
     pub(crate) format: VolumeFormat,
     /// Left out, the pool decides.
     pub(crate) provisioning: Option<Provisioning>,
+    pub(crate) multi_attach: bool,
 }
 
 /// A pool and its room.
@@ -46,6 +50,8 @@ pub(crate) struct Wanted {
 pub(crate) struct PoolView {
     pub(crate) name: PoolName,
     pub(crate) transport: wire::Transport,
+    /// What a full one means: nothing but no new volumes when it is `thick`, and guests that stop when it is `thin` or `file`.
+    pub(crate) provisioning: &'static str,
     /// The room, or why the pool cannot be used now.
     pub(crate) room: Result<PoolRoom, Failure>,
 }
@@ -56,24 +62,22 @@ pub(crate) struct PoolRoom {
     pub(crate) size: u64,
     pub(crate) free: u64,
     pub(crate) provisioned: u64,
+    /// How much of a thin pool's metadata is taken, in percent.
+    pub(crate) metadata_percent: Option<f64>,
 }
 
 /// All volumes of this agent.
 pub(crate) struct Volumes {
     pools: Arc<Pools>,
+    nfs: Nfs,
     claims: Claims,
     operations: Operations,
 }
 
 impl Volumes {
     /// The volumes of the config's pools.
-    pub(crate) fn new(pools: Arc<Pools>, claims: Claims) -> Self {
-        Self { pools, claims, operations: Operations::default() }
-    }
-
-    /// The operations under way, for those who watch.
-    pub(crate) fn operations(&self) -> &Operations {
-        &self.operations
+    pub(crate) fn new(pools: Arc<Pools>, claims: Claims, operations: Operations) -> Self {
+        Self { pools, nfs: Nfs::at("/"), claims, operations }
     }
 
     /// Makes a volume.
@@ -102,7 +106,16 @@ impl Volumes {
         let (this, name) = (self.clone(), key.to_string());
         self.operations
             .run(&name, "extend-volume", size.bytes().to_string(), move |steps| async move {
-                this.do_extend(&steps, &key, size).await
+                let extended = this.do_extend(&steps, &key, size).await?;
+                if extended.1.outcome() != wire::Outcome::Unchanged {
+                    let size = extended.0.identity.size;
+                    let message = format!("the volume has {size} ({} bytes) now", size.bytes());
+                    let (kind, pool) = (wire::EventKind::Resized.into(), key.pool.to_string());
+                    let volume = key.volume.to_string();
+                    let event = wire::Event { kind, pool, volume, message, ..Default::default() };
+                    this.operations.events().happened(event);
+                }
+                Ok(extended)
             })
             .await
     }
@@ -128,6 +141,12 @@ impl Volumes {
                 None => Err(not_found(key)),
             },
             Pool::Directory(directory) => match self.pools.file(key) {
+                Some(record) if record.phase == FilePhase::Ready => {
+                    // What is recorded is no proof that it is there.
+                    self.pools.look_at_directory(&key.pool, directory).await?;
+                    find::measure(directory, &record).await?;
+                    Ok(self.file_view(&record))
+                }
                 Some(record) if find::is_volume(&record) => Ok(self.file_view(&record)),
                 record => Err(find::no_file(directory, key, record).await),
             },
@@ -162,7 +181,12 @@ impl Volumes {
             if let Err(failure) = &room {
                 tracing::warn!(pool = %name, error = %failure, "this pool cannot be used now");
             }
-            views.push(PoolView { name: name.clone(), transport: pool.transport(), room });
+            let provisioning = match pool {
+                Pool::Directory(_) => "file",
+                Pool::Logical(lvm) if lvm.provisioning() == Provisioning::Thin => "thin",
+                Pool::Logical(_) => "thick",
+            };
+            views.push(PoolView { name: name.clone(), transport: pool.transport(), provisioning, room });
         }
         views
     }
@@ -179,7 +203,7 @@ impl Volumes {
         let outcome = match pool {
             Pool::Logical(lvm) => self.extend_logical(steps, key, lvm, size).await,
             Pool::Directory(directory) => {
-                self.extend_file(steps, key, directory, size, exported_for.is_some()).await
+                self.extend_file(steps, key, directory, size, !exported_for.is_empty()).await
             }
         };
         self.claims.end_extension(&place);
@@ -194,7 +218,7 @@ impl Volumes {
         change: impl FnOnce(&Pools) -> Result<(), tether_agent_core::journal::JournalError> + Send + 'static,
     ) -> Result<(), Failure> {
         let pools = self.pools.clone();
-        steps.run(step, blocking(KERNEL_DEADLINE, move || change(&pools))).await
+        steps.run_blocking(step, move || change(&pools)).await
     }
 }
 

@@ -5,6 +5,7 @@
 //! scan, and the wait for the disk; for the hot-plug libvirt's own call as `virsh --timing` times it; for a file over NFS
 //! a bare `mount` and that call (see `share`). Not here: whether the result is right, that is what the tests are for.
 
+mod many;
 mod share;
 
 use std::time::Duration;
@@ -59,6 +60,8 @@ pub struct Results {
     pub comparisons: Vec<Comparison>,
     /// The agents before the first call.
     pub memory: Vec<Memory>,
+    /// Many at a time.
+    pub many: many::Many,
 }
 
 impl Results {
@@ -66,6 +69,7 @@ impl Results {
     pub fn within_limits(&self) -> bool {
         self.comparisons.iter().all(|c| c.ratio <= c.limit)
             && self.memory.iter().all(|m| m.resident_mebibytes <= m.limit_mebibytes)
+            && self.many.within_limits()
     }
 }
 
@@ -85,7 +89,7 @@ impl std::fmt::Display for Results {
             let (agent, is, limit) = (m.agent, m.resident_mebibytes, m.limit_mebibytes);
             writeln!(f, "  {agent:<34} {is:>8.1} MiB resident when idle   limit {limit:.0}   {verdict}")?;
         }
-        Ok(())
+        write!(f, "{}", self.many)
     }
 }
 
@@ -140,7 +144,8 @@ pub async fn run(rounds: usize) -> anyhow::Result<Results> {
         comparison("hot-plug with plan and read-back", 1.3, |t| t.plug),
         comparison("attach over NFS, mount included", 1.3, |t| t.share),
     ];
-    Ok(Results { rounds, comparisons, memory })
+    let many = many::run(&bench.lab, &bench.tether).await?;
+    Ok(Results { rounds, comparisons, memory, many })
 }
 
 struct Bench {
@@ -229,10 +234,9 @@ impl Bench {
         };
         let report = compute.attach(request).await?.into_inner().report;
         self.lab.guest("c2")?.wait_disk(&serial, DETACH).await?;
-        let request =
-            wire::DetachRequest { attachment_id: attachment_id.clone(), guest_deadline_milliseconds: 0 };
+        let request = wire::DetachRequest { attachment_id: attachment_id.clone(), ..Default::default() };
         compute.detach(request).await?;
-        storage.unexport(wire::UnexportRequest { attachment_id }).await?;
+        storage.unexport(wire::UnexportRequest { attachment_id, ..Default::default() }).await?;
         Ok(report.context("no report")?.steps)
     }
 }
@@ -296,8 +300,13 @@ fn node_record(iscsi: &wire::IscsiConnection) -> String {
          iface.iscsi_ifacename = default\niface.transport_name = tcp\nnode.conn[0].address = 10.99.0.1\n\
          node.conn[0].port = 3260\nnode.conn[0].startup = manual\nnode.session.scan = manual\n\
          node.session.initial_login_retry_max = 1\nnode.session.auth.authmethod = CHAP\n\
-         node.session.auth.username = {}\nnode.session.auth.password = {}\n# END RECORD\n",
-        iscsi.target_iqn, iscsi.chap_username, iscsi.chap_secret
+         node.session.auth.chap_algs = SHA256,MD5\nnode.session.auth.username = {}\nnode.session.auth.password = {}\n\
+         node.session.auth.username_in = {}\nnode.session.auth.password_in = {}\n# END RECORD\n",
+        iscsi.target_iqn,
+        iscsi.chap_username,
+        iscsi.chap_secret,
+        iscsi.mutual_chap_username,
+        iscsi.mutual_chap_secret
     )
 }
 

@@ -3,22 +3,32 @@
 //! The guest answers on its second serial port (see `image/guest/commands`); ssh brings that socket to this machine.
 //! Not here: libvirt and the domains' XML, they belong to the compute host.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use anyhow::{Context, anyhow, bail};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use crate::instance::Instance;
-use crate::progress::pause;
+use crate::host::Host;
+use crate::instance::{Instance, Ports};
+use crate::progress::{pause, say};
 
 /// How long an answer may take when nobody says otherwise.
 const ANSWER: Duration = Duration::from_secs(60);
+/// A command that had no answer for so long may not have arrived.
+const UNNOTICED: Duration = Duration::from_secs(10);
+/// A guest that does nothing answers within this.
+const PING: Duration = Duration::from_secs(3);
 /// Between two looks at the guest's list of disks.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+type Answers = Lines<BufReader<UnixStream>>;
+/// What the guest says: a result, or what is wrong.
+type Answer = Result<String, String>;
 
 /// A Linux guest.
 #[derive(Debug, Clone)]
@@ -26,6 +36,8 @@ pub struct Guest {
     /// Its libvirt domain.
     pub name: String,
     socket: PathBuf,
+    /// Where its QEMU runs.
+    compute: Host,
 }
 
 /// A disk as the guest's kernel sees it.
@@ -43,7 +55,8 @@ pub struct Disk {
 
 impl Guest {
     pub(crate) fn new(name: &str, instance: &Instance) -> Self {
-        Self { name: name.to_string(), socket: instance.file(&format!("{name}.commands")) }
+        let compute = Host::new("compute", instance, Ports { ssh: 0, agent: 0 });
+        Self { name: name.to_string(), socket: instance.file(&format!("{name}.commands")), compute }
     }
 
     /// Runs one command in the guest and gives what follows `ok`.
@@ -62,31 +75,79 @@ impl Guest {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         // An answer to somebody who gave up must not be taken for ours.
         let id = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        timeout(deadline, self.exchange(&id, command))
-            .await
-            .with_context(|| format!("no answer after {} s", deadline.as_secs_f64()))
-            .and_then(|r| r)
-            .with_context(|| format!("guest {}: {command}", self.name))
+        let answer = match timeout(deadline, self.exchange(&id, command)).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                // Whoever waits for a guest to boot asks with a short deadline, and again.
+                let seen = if deadline >= ANSWER { self.look_at_qemu().await } else { String::new() };
+                Err(anyhow!("no answer after {} s{seen}", deadline.as_secs_f64()))
+            }
+        };
+        answer.with_context(|| format!("guest {}: {command}", self.name))
     }
 
+    /// What its QEMU does and what its kernel said last, and whether it answers after that, for whoever looks for why it did
+    /// not.
+    async fn look_at_qemu(&self) -> String {
+        let name = &self.name;
+        let look = format!(
+            "pid=$(cat /run/libvirt/qemu/{name}.pid); for task in /proc/$pid/task/*; do echo \"$(cat $task/comm) $(cut -d ' ' -f 3 \
+             $task/stat) $(cat $task/wchan)\"; done; for question in 'info status' 'info cpus' 'info blockstats'; do \
+             timeout 10 virsh -q qemu-monitor-command {name} --hmp \"$question\"; done 2>&1; tail -n 12 /var/log/tether-lab/{name}.console; dmesg | tail -n 8"
+        );
+        let seen = match self.compute.try_run(&look).await {
+            Ok(output) => output.stdout,
+            Err(error) => format!("{error:#}"),
+        };
+        let id = format!("{}-again", std::process::id());
+        let again = timeout(Duration::from_secs(10), self.exchange(&id, "ping")).await;
+        let again =
+            if matches!(again, Ok(Ok(_))) { "answers now" } else { "does not answer after that either" };
+        format!("\n{seen}\n{name} {again}")
+    }
+
+    /// Sends a command and waits for its answer. Once in a hundred tests or more a command does not arrive (seen: its connection
+    /// open, nothing done, and the guest answered another one), or the way to the guest breaks; it is sent again then.
     async fn exchange(&self, id: &str, command: &str) -> anyhow::Result<String> {
-        let stream = UnixStream::connect(&self.socket).await.context("its command socket")?;
-        let mut stream = BufReader::new(stream);
-        stream.get_mut().write_all(format!("{id} {command}\n").as_bytes()).await?;
-        let mut line = String::new();
         loop {
-            line.clear();
-            if stream.read_line(&mut line).await? == 0 {
-                bail!("the guest's serial port is closed");
+            match self.attempt(id, command).await {
+                Ok(Some(answer)) => return answer.map_err(|problem| anyhow!(problem)),
+                Ok(None) => say(format_args!("guest {}: not taken, and sent again: {command}", self.name)),
+                Err(error) if is_broken(&error) => {
+                    say(format_args!("guest {}: {error:#}; sent again: {command}", self.name));
+                    // Whatever is asked of the host makes the way anew.
+                    self.compute.run("true").await.context("the way to the guest")?;
+                }
+                Err(error) => return Err(error),
             }
-            let Some(answer) = line.trim_end().strip_prefix(id).and_then(|a| a.strip_prefix(' ')) else {
-                continue;
-            };
-            return match answer.split_once(' ').unwrap_or((answer, "")) {
-                ("ok", result) => Ok(result.to_string()),
-                (_, problem) => bail!("{problem}"),
-            };
         }
+    }
+
+    /// One attempt; nothing when the guest has not taken it.
+    async fn attempt(&self, id: &str, command: &str) -> anyhow::Result<Option<Answer>> {
+        let mut answers = self.send(id, command).await?;
+        loop {
+            if let Ok(answer) = timeout(UNNOTICED, answer_to(id, &mut answers)).await {
+                return answer.map(Some);
+            }
+            // While it works on a command it takes no other, not even this.
+            let idle = format!("{id}-idle");
+            let ping = async { answer_to(&idle, &mut self.send(&idle, "ping").await?).await };
+            if matches!(timeout(PING, ping).await, Ok(Ok(_))) {
+                break;
+            }
+        }
+        // It may have ended just before that.
+        match timeout(PING, answer_to(id, &mut answers)).await {
+            Ok(answer) => answer.map(Some),
+            Err(_) => Ok(None),
+        }
+    }
+
+    async fn send(&self, id: &str, command: &str) -> anyhow::Result<Answers> {
+        let mut stream = UnixStream::connect(&self.socket).await.context("its command socket")?;
+        stream.write_all(format!("{id} {command}\n").as_bytes()).await?;
+        Ok(BufReader::new(stream).lines())
     }
 
     /// Waits until a guest that was just started takes commands.
@@ -221,6 +282,33 @@ fn parse_disk(text: &str) -> anyhow::Result<Disk> {
         serial: fact("serial").unwrap_or_default().to_string(),
         read_only: fact("ro") == Some("1"),
     })
+}
+
+/// Did the way to the guest break, which ssh makes?
+fn is_broken(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| {
+        matches!(
+            error.kind(),
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof
+        )
+    })
+}
+
+/// The answer to one command; what answers another one is passed over.
+async fn answer_to(id: &str, answers: &mut Answers) -> anyhow::Result<Answer> {
+    loop {
+        let line = answers.next_line().await?;
+        let line = line.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::UnexpectedEof, "the guest's serial port is closed")
+        })?;
+        let Some(answer) = line.trim_end().strip_prefix(id).and_then(|a| a.strip_prefix(' ')) else {
+            continue;
+        };
+        return Ok(match answer.split_once(' ').unwrap_or((answer, "")) {
+            ("ok", result) => Ok(result.to_string()),
+            (_, problem) => Err(problem.to_string()),
+        });
+    }
 }
 
 #[cfg(test)]

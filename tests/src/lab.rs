@@ -3,7 +3,7 @@
 //! Both hosts are stopped together, saved or loaded together, and go on together, so a connection between them survives
 //! a save. Not here: how one host is started (`qemu`), reached (`host`), made (`image`) or saved (`saved`).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use nix::fcntl::Flock;
@@ -13,12 +13,25 @@ use crate::guest::Guest;
 use crate::host::{GUESTS, Host, ssh_config};
 use crate::image::{self, Image};
 use crate::instance::{self, Instance, Ports, Record};
-use crate::progress::{say, step};
+use crate::lost;
+use crate::progress::{pause, say, step};
 use crate::qemu::{COMPUTE, MACHINES, Machine, STORAGE};
 use crate::saved;
 
 /// A host that was restored answers.
 const RESTORED: Duration = Duration::from_secs(30);
+
+/// A host is down, and answers again after a boot.
+const REBOOTED: Duration = Duration::from_secs(300);
+
+/// How a host goes down before it boots again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Down {
+    /// Its operator says `systemctl reboot`.
+    Cleanly,
+    /// Its emulator is killed: memory is lost, and of its disks what it had not flushed may be.
+    ByPowerCut,
+}
 
 /// How a lab is wanted.
 #[derive(Debug, Clone, Copy, Default)]
@@ -89,10 +102,21 @@ impl Lab {
         let record = instance.record()?;
         let running = MACHINES.iter().all(|m| m.pid(&instance).is_some());
         if running && !options.fresh && record.base == base {
-            let mut lab = Self::attach(instance, &record, options.owned)?;
-            lab.connect(RESTORED).await?;
-            lab._lock = options.owned.then_some(lock);
-            return Ok(lab);
+            let mut lab = Self::attach(instance.clone(), &record, options.owned)?;
+            match lab.connect(RESTORED).await {
+                Ok(()) => {
+                    lab._lock = options.owned.then_some(lock);
+                    return Ok(lab);
+                }
+                // What hung or died in the last test must not fail all that come after it.
+                Err(e) => {
+                    say(format_args!("the lab '{name}' is made anew: {e:#}"));
+                    for machine in MACHINES {
+                        say(format_args!("{}", lost::describe(&lab.instance, machine).await));
+                    }
+                    lab.owned = false;
+                }
+            }
         }
         end_all(&instance).await?;
         let booted = saved::booted(&image).await?;
@@ -163,7 +187,13 @@ impl Lab {
         self.save_as(name, String::new()).await
     }
 
+    /// What was written is on the hosts' disks: a test that cuts their power loses nothing of what was there before it.
+    pub(crate) async fn flush(&self) -> anyhow::Result<()> {
+        tokio::try_join!(self.storage.run("sync"), self.compute.run("sync")).map(drop)
+    }
+
     async fn save_as(&self, name: &str, key: String) -> anyhow::Result<()> {
+        self.flush().await?;
         step(&format!("saving the state '{name}'"), saved::save_both(&self.instance, name)).await?;
         let mut record = self.instance.record()?;
         record.states.insert(name.to_string(), key);
@@ -187,6 +217,37 @@ impl Lab {
             self.connect(RESTORED).await
         })
         .await
+    }
+
+    /// Takes a host down and waits until it has booted and answers. What starts with the host may still be starting.
+    ///
+    /// # Errors
+    /// When it does not go down, or does not answer in time.
+    pub async fn reboot(&self, host: &Host, down: Down) -> anyhow::Result<()> {
+        let machine =
+            MACHINES.into_iter().find(|machine| machine.name == host.name).context("no such host")?;
+        let boot_id = "cat /proc/sys/kernel/random/boot_id";
+        let before = host.run(boot_id).await?;
+        let began = Instant::now();
+        match down {
+            // The answer may be lost with the connection.
+            Down::Cleanly => drop(host.try_run("systemctl reboot").await),
+            Down::ByPowerCut => {
+                let (image, record) = (image::image().await?, self.instance.record()?);
+                machine.cut_power(&self.instance).await?;
+                self.start_machine(machine, &image, &record, None).await?;
+            }
+        }
+        loop {
+            host.disconnect().await?;
+            host.connect(REBOOTED.saturating_sub(began.elapsed())).await?;
+            // It answers until it is down, too.
+            if host.run(boot_id).await.is_ok_and(|now| now != before) {
+                return Ok(());
+            }
+            ensure!(began.elapsed() < REBOOTED, "the host {} does not go down", host.name);
+            pause(Duration::from_millis(250)).await;
+        }
     }
 
     /// Ends both hosts and removes their disks and sockets.

@@ -7,19 +7,23 @@
 pub mod agents;
 pub mod bench;
 pub mod cache;
+pub mod foreign;
 pub mod guest;
 pub mod host;
 pub mod image;
 pub mod instance;
 pub mod lab;
+pub mod leftovers;
+pub mod lost;
 pub mod progress;
 pub mod qemu;
 pub mod qmp;
 pub(crate) mod saved;
+pub mod soak;
 pub mod tether;
 
 pub use agents::{Agents, HostSetup};
 pub use guest::{Disk, Guest};
 pub use host::Host;
-pub use lab::{Lab, Options, State};
+pub use lab::{Down, Lab, Options, State};
 pub use tether::Tether;

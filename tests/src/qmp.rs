@@ -88,9 +88,16 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`].
     pub async fn all_halted(&mut self) -> anyhow::Result<bool> {
-        let arguments = json!({"command-line": "info registers -a"});
-        let registers = self.execute("human-monitor-command", arguments, GREETING).await?;
-        Ok(all_halted(registers.as_str().unwrap_or_default()))
+        Ok(all_halted(&self.ask("info registers -a", GREETING).await?))
+    }
+
+    /// Runs a command of the human monitor and gives what it says.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub async fn ask(&mut self, command: &str, deadline: Duration) -> anyhow::Result<String> {
+        let said = self.execute("human-monitor-command", json!({"command-line": command}), deadline).await?;
+        Ok(said.as_str().unwrap_or_default().to_owned())
     }
 
     /// Runs a command of the human monitor, which says nothing when all is well.
@@ -98,10 +105,9 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`], and when the command says something.
     pub async fn human(&mut self, command: &str, deadline: Duration) -> anyhow::Result<()> {
-        let said = self.execute("human-monitor-command", json!({"command-line": command}), deadline).await?;
-        match said.as_str().map(str::trim) {
-            None | Some("") => Ok(()),
-            Some(text) => bail!("QEMU monitor command {command}: {text}"),
+        match self.ask(command, deadline).await?.trim() {
+            "" => Ok(()),
+            text => bail!("QEMU monitor command {command}: {text}"),
         }
     }
 

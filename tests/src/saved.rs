@@ -76,6 +76,7 @@ async fn make_booted(folder: PathBuf, image: Image) -> anyhow::Result<()> {
         for guest in GUESTS {
             lab.guest(guest)?.command("ping").await?;
         }
+        lab.flush().await?;
         step("saving the state 'booted'", save_both(&instance, "booted")).await
     };
     let made = made.await;

@@ -1,5 +1,5 @@
-//! Tether in the lab: puts the built agents on the hosts with certificates and configs, and runs the `tether` command
-//! of this machine against them.
+//! Tether in the lab: installs the packages on the hosts, with certificates and configs, and runs the `tether` command of
+//! this machine against them.
 //!
 //! Not here: building (`tests/lab`, `tests/run` and the quickstart do that before), and what tests do with it.
 
@@ -34,9 +34,6 @@ pub const FAULT_FILE: &str = "/run/tether/fault";
 /// How long one `tether` command may take.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(180);
 
-const STORAGE_UNIT: &str = include_str!("../../packaging/systemd/tether-storage-agent.service");
-const COMPUTE_UNIT: &str = include_str!("../../packaging/systemd/tether-compute-agent.service");
-
 /// The `tether` command, set up for one lab.
 #[derive(Debug, Clone)]
 pub struct Tether {
@@ -48,18 +45,18 @@ pub struct Tether {
 }
 
 impl Tether {
-    /// Installs the agents found beside this program in the lab, and writes a config for the `tether` command. Goes
-    /// back to the state `ready` when just these agents are in it.
+    /// Installs the packages of this build in the lab, and writes a config for the `tether` command. Goes back to the
+    /// state `ready` when just these packages are in it.
     ///
     /// # Errors
-    /// When a binary was not built, or the agents do not start.
+    /// When something was not built, or the agents do not start.
     pub async fn install(lab: &Lab) -> anyhow::Result<Self> {
         let binaries = binaries()?;
         let program = binaries.join("tether");
         let pki = pki(&program).await?;
         let agents = Agents {
-            storage: host_setup(&binaries, &pki, "storage", STORAGE_UNIT, &storage_config())?,
-            compute: host_setup(&binaries, &pki, "compute", COMPUTE_UNIT, COMPUTE_CONFIG)?,
+            storage: host_setup(&binaries, &pki, "storage", &storage_config())?,
+            compute: host_setup(&binaries, &pki, "compute", COMPUTE_CONFIG)?,
         };
         lab.install(&agents).await?;
         let config = lab.instance().file("tether.toml");
@@ -99,7 +96,7 @@ impl Tether {
     /// # Errors
     /// When the agent cannot be reached.
     pub async fn storage(&self) -> anyhow::Result<StorageAgentClient<Channel>> {
-        Ok(StorageAgentClient::new(self.channel("storage", self.storage_port, true).await?))
+        Ok(StorageAgentClient::new(self.channel("storage", self.storage_port, Some("lab")).await?))
     }
 
     /// A gRPC client of the compute agent.
@@ -107,7 +104,15 @@ impl Tether {
     /// # Errors
     /// When the agent cannot be reached.
     pub async fn compute(&self) -> anyhow::Result<ComputeAgentClient<Channel>> {
-        Ok(ComputeAgentClient::new(self.channel("compute", self.compute_port, true).await?))
+        Ok(ComputeAgentClient::new(self.channel("compute", self.compute_port, Some("lab")).await?))
+    }
+
+    /// A client of the compute agent whose certificate is a reader's.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached.
+    pub async fn reader(&self) -> anyhow::Result<ComputeAgentClient<Channel>> {
+        Ok(ComputeAgentClient::new(self.channel("compute", self.compute_port, Some("reader")).await?))
     }
 
     /// A client of the compute agent that has no certificate.
@@ -115,7 +120,7 @@ impl Tether {
     /// # Errors
     /// When the agent cannot be reached at all.
     pub async fn stranger(&self) -> anyhow::Result<ComputeAgentClient<Channel>> {
-        Ok(ComputeAgentClient::new(self.channel("compute", self.compute_port, false).await?))
+        Ok(ComputeAgentClient::new(self.channel("compute", self.compute_port, None).await?))
     }
 
     /// Both agents' connections by service name, for other services than Tether's own.
@@ -124,17 +129,20 @@ impl Tether {
     /// When an agent cannot be reached.
     pub async fn channels(&self) -> anyhow::Result<[(&'static str, Channel); 2]> {
         Ok([
-            ("StorageAgent", self.channel("storage", self.storage_port, true).await?),
-            ("ComputeAgent", self.channel("compute", self.compute_port, true).await?),
+            ("StorageAgent", self.channel("storage", self.storage_port, Some("lab")).await?),
+            ("ComputeAgent", self.channel("compute", self.compute_port, Some("lab")).await?),
         ])
     }
 
-    async fn channel(&self, name: &str, port: u16, with_certificate: bool) -> anyhow::Result<Channel> {
+    async fn channel(&self, name: &str, port: u16, certificate: Option<&str>) -> anyhow::Result<Channel> {
         let read = |file: &str| std::fs::read(self.pki.join(file)).with_context(|| file.to_owned());
         let mut tls =
             ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read("ca.crt")?)).domain_name(name);
-        if with_certificate {
-            tls = tls.identity(Identity::from_pem(read("lab.crt")?, read("lab.key")?));
+        if let Some(client) = certificate {
+            tls = tls.identity(Identity::from_pem(
+                read(&format!("{client}.crt"))?,
+                read(&format!("{client}.key"))?,
+            ));
         }
         let endpoint = Endpoint::from_shared(format!("https://127.0.0.1:{port}"))?.tls_config(tls)?;
         Ok(endpoint.connect_timeout(Duration::from_secs(10)).connect().await?)
@@ -217,36 +225,55 @@ async fn pki(program: &Path) -> anyhow::Result<PathBuf> {
             issue(&["issue", "agent", name, "--address", "127.0.0.1"]).await?;
         }
         issue(&["issue", "controller", "lab"]).await?;
+        issue(&["issue", "reader", "reader"]).await?;
         Ok(())
     })
     .await
 }
 
-fn host_setup(
-    binaries: &Path,
-    pki: &Path,
-    host: &str,
-    unit: &str,
-    config: &str,
-) -> anyhow::Result<HostSetup> {
+fn host_setup(binaries: &Path, pki: &Path, host: &str, config: &str) -> anyhow::Result<HostSetup> {
     let agent = format!("tether-{host}-agent");
     let read = |path: PathBuf| std::fs::read(&path).with_context(|| format!("{}", path.display()));
     // Agents that were not built for tests do not look at the variable.
     let fault = format!("[Service]\nEnvironment=TETHER_FAULT_FILE={FAULT_FILE}\n");
     let files = vec![
-        (format!("/usr/bin/{agent}"), 0o755, read(binaries.join(&agent))?),
         (format!("/etc/tether/{host}-agent.toml"), 0o644, config.as_bytes().to_vec()),
         ("/etc/tether/pki/ca.crt".to_owned(), 0o644, read(pki.join("ca.crt"))?),
         (format!("/etc/tether/pki/{host}.crt"), 0o644, read(pki.join(format!("{host}.crt")))?),
         (format!("/etc/tether/pki/{host}.key"), 0o600, read(pki.join(format!("{host}.key")))?),
-        (format!("/etc/systemd/system/{agent}.service"), 0o644, unit.as_bytes().to_vec()),
         (format!("/etc/systemd/system/{agent}.service.d/fault.conf"), 0o644, fault.into_bytes()),
     ];
     let commands = vec![
         format!("{agent} --check-config"),
         format!("systemctl daemon-reload && systemctl enable --quiet --now {agent}"),
     ];
-    Ok(HostSetup { files, commands })
+    // The command is on both hosts, too: for root, who reaches an agent by its socket.
+    let packages = [agent.as_str(), "tether"].map(|package| self::package(binaries, package));
+    Ok(HostSetup { packages: packages.into_iter().collect::<anyhow::Result<_>>()?, files, commands })
+}
+
+/// A package of this build, which `packaging/build` put beside the folder of the binaries: its file name and content. It must
+/// be of these very binaries.
+fn package(binaries: &Path, name: &str) -> anyhow::Result<(String, Vec<u8>)> {
+    let folder = binaries.parent().context("the binaries are in no folder")?.join("packages");
+    let make = "make them: tests/run lab, or packaging/build";
+    let entries =
+        std::fs::read_dir(&folder).with_context(|| format!("no packages in {}; {make}", folder.display()))?;
+    let paths: Vec<PathBuf> =
+        entries.map(|entry| anyhow::Ok(entry?.path())).collect::<anyhow::Result<_>>()?;
+    let found = paths.into_iter().find_map(|path| {
+        let file = path.file_name()?.to_str()?;
+        (file.starts_with(&format!("{name}_")) && file.ends_with(".deb"))
+            .then(|| (file.to_owned(), path.clone()))
+    });
+    let (file, path) = found.with_context(|| format!("no package {name} in {}; {make}", folder.display()))?;
+    let changed = |path: &Path| std::fs::metadata(path)?.modified();
+    ensure!(
+        changed(&path)? >= changed(&binaries.join(name))?,
+        "{} is older than the program in it; {make}",
+        path.display()
+    );
+    Ok((file, std::fs::read(&path).with_context(|| format!("{}", path.display()))?))
 }
 
 fn storage_config() -> String {

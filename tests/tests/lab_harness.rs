@@ -16,6 +16,7 @@ async fn a_restored_lab_works_and_a_dropped_one_leaves_nothing_behind() {
     let instance = Instance::open(name).unwrap();
 
     let file = |host: &str| HostSetup {
+        packages: Vec::new(),
         files: vec![("/opt/lab test/name".into(), 0o640, host.into())],
         commands: vec!["systemd-run --quiet --unit=installed sleep infinity".into()],
     };

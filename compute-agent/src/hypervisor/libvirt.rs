@@ -21,14 +21,12 @@ use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt::sys;
 
-use event_shim::UnplugEvent;
+pub(crate) use event_shim::{DeviceEvent, DeviceWord};
 
 /// How long one libvirt call may take.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
 /// How long opening a connection may take.
 const OPEN_DEADLINE: Duration = Duration::from_secs(15);
-/// How long the versions may take.
-const VERSION_DEADLINE: Duration = Duration::from_secs(3);
 /// How many calls may be under way: each has a thread, and a libvirtd that hangs must not have them all.
 const CALLS: usize = 128;
 /// How long an attachment waits for its turn at a domain.
@@ -47,8 +45,8 @@ pub(crate) enum LibvirtError {
     #[error("libvirt refused to {action}: {message}")]
     Refused { action: &'static str, message: String, code: ErrorNumber },
     /// It did not answer in time.
-    #[error("libvirt did not {action} within {} s", CALL_DEADLINE.as_secs())]
-    Deadline { action: &'static str },
+    #[error("libvirt did not {action} within {} s", within.as_secs())]
+    Deadline { action: &'static str, within: Duration },
     /// Others were busy with the domain all the time.
     #[error("domain {domain} was busy for {} s", TURN_DEADLINE.as_secs())]
     Busy { domain: Uuid },
@@ -107,13 +105,19 @@ pub(crate) enum Unplug {
     Silent,
 }
 
+/// A connection over which libvirt tells what becomes of devices.
+struct Listening {
+    connection: Arc<Connect>,
+    subscribed: Vec<i32>,
+}
+
 /// A way to libvirt.
 #[derive(Clone)]
 pub(crate) struct Libvirt {
     uri: String,
-    connection: Arc<tokio::sync::Mutex<Option<Arc<Connect>>>>,
+    connection: Arc<tokio::sync::Mutex<Option<Listening>>>,
     calls: Arc<Semaphore>,
-    events: broadcast::Sender<UnplugEvent>,
+    events: broadcast::Sender<DeviceEvent>,
     turns: Turns<Uuid>,
 }
 
@@ -168,6 +172,19 @@ impl Libvirt {
         self.call("read the domain", move |connection| state(&connection.lookup_domain_by_uuid(uuid)?))
             .await
             .map_err(|error| no_domain(error, &uuid.to_string()))
+    }
+
+    /// All domains with their XML, for somebody who asks what is on the host.
+    pub(crate) async fn list(&self) -> Result<Vec<DomainState>, LibvirtError> {
+        self.call("list the domains", move |connection| {
+            // One that goes away meanwhile is none.
+            let gone = |error: &virt::error::Error| {
+                error.code().unwrap_or(ErrorNumber::InternalError) == ErrorNumber::NoDomain
+            };
+            let states = connection.list_all_domains(0)?.into_iter().map(|domain| state(&domain));
+            states.filter(|state| !state.as_ref().is_err_and(gone)).collect()
+        })
+        .await
     }
 
     /// Waits for a turn at a domain. Two who choose a place in the same XML would choose the same one.
@@ -252,13 +269,19 @@ impl Libvirt {
             Err(LibvirtError::Refused { code: ErrorNumber::DeviceMissing, .. }) => {
                 return Ok(Unplug::Removed);
             }
+            // Whether it was asked is not known; asking again does no harm.
+            Err(LibvirtError::Refused { code, message, .. }) if is_lost_connection(code) => {
+                return Err(self.unavailable(&message));
+            }
             Err(error) => return Err(error),
         }
         loop {
             match timeout_at(deadline, events.recv()).await {
-                Ok(Ok(event)) if event.domain == domain && event.alias == alias => {
-                    return Ok(if event.removed { Unplug::Removed } else { Unplug::Refused });
-                }
+                Ok(Ok(event)) if event.domain == domain && event.alias == alias => match event.word {
+                    DeviceWord::Removed => return Ok(Unplug::Removed),
+                    DeviceWord::Refused => return Ok(Unplug::Refused),
+                    DeviceWord::IoError { .. } => {}
+                },
                 Ok(Ok(_)) => {}
                 // The caller looks at the XML in any case.
                 Ok(Err(broadcast::error::RecvError::Lagged(_))) => {}
@@ -267,17 +290,31 @@ impl Libvirt {
         }
     }
 
-    /// libvirt's and QEMU's versions, as people write them.
-    pub(crate) async fn versions(&self) -> Result<[String; 2], LibvirtError> {
+    /// Sees to it that there is a connection, over which libvirt tells what becomes of devices.
+    pub(crate) async fn listen(&self) -> Result<(), LibvirtError> {
+        self.connect().await.map(drop)
+    }
+
+    /// libvirt's words on devices from now on, for as long as there is a connection.
+    pub(crate) fn events(&self) -> broadcast::Receiver<DeviceEvent> {
+        self.events.subscribe()
+    }
+
+    /// libvirt's and QEMU's versions, as people write them, for somebody who waits no longer than that for them.
+    pub(crate) async fn versions(&self, within: Duration) -> Result<[String; 2], LibvirtError> {
         let text =
             |version: u32| format!("{}.{}.{}", version / 1_000_000, version / 1000 % 1000, version % 1000);
         let asked = self.call("tell its version", move |connection| {
             Ok([text(connection.lib_version()?), text(connection.hyp_version()?)])
         });
-        // Nice to know and no more.
-        timeout(VERSION_DEADLINE, asked)
+        timeout(within, asked)
             .await
-            .unwrap_or(Err(LibvirtError::Deadline { action: "tell its version" }))
+            .unwrap_or(Err(LibvirtError::Deadline { action: "tell its version", within }))
+    }
+
+    /// What libvirt says of the host, as XML (<https://libvirt.org/formatcaps.html>).
+    pub(crate) async fn capabilities(&self) -> Result<String, LibvirtError> {
+        self.call("tell what the host can", |connection| connection.capabilities()).await
     }
 
     /// Runs a call on a thread that may block, with a deadline.
@@ -302,7 +339,7 @@ impl Libvirt {
         match timeout(CALL_DEADLINE, work).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_panicked)) => Err(self.unavailable("the call died of a panic")),
-            Err(_) => Err(LibvirtError::Deadline { action }),
+            Err(_) => Err(LibvirtError::Deadline { action, within: CALL_DEADLINE }),
         }
     }
 
@@ -312,19 +349,24 @@ impl Libvirt {
         let Ok(mut held) = timeout(OPEN_DEADLINE, self.connection.clone().lock_owned()).await else {
             return Err(self.unavailable("it does not answer"));
         };
-        if let Some(connection) = held.as_ref().filter(|connection| connection.is_alive().unwrap_or(false)) {
+        if let Some(Listening { connection, .. }) =
+            held.as_ref().filter(|held| held.connection.is_alive().unwrap_or(false))
+        {
             return Ok(connection.clone());
         }
         let (uri, events) = (self.uri.clone(), self.events.clone());
         let open = tokio::task::spawn_blocking(move || {
+            if let Some(Listening { connection, subscribed }) = held.take() {
+                event_shim::unsubscribe(&connection, &subscribed);
+            }
             let connection = Connect::open(Some(&uri))?;
             // Pings find a dead libvirtd, so that no call hangs on one. The local test driver knows none.
             if let Err(error) = connection.set_keep_alive(5, 3) {
                 tracing::debug!(message = error.message(), "libvirt without keep-alive");
             }
-            event_shim::subscribe(&connection, &events)?;
+            let subscribed = event_shim::subscribe(&connection, &events)?;
             let connection = Arc::new(connection);
-            *held = Some(connection.clone());
+            *held = Some(Listening { connection: connection.clone(), subscribed });
             Ok::<_, virt::error::Error>(connection)
         });
         match timeout(OPEN_DEADLINE, open).await {
@@ -345,6 +387,12 @@ fn state(domain: &Domain) -> Result<DomainState, virt::error::Error> {
     let persistent =
         if domain.is_persistent()? { Some(domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?) } else { None };
     Ok(DomainState { uuid: domain.uuid()?, name: domain.name()?, live, persistent })
+}
+
+/// Did the connection to libvirt break during a call?
+pub(crate) fn is_lost_connection(code: ErrorNumber) -> bool {
+    use ErrorNumber::{GnutlsError, InvalidConn, NoConnect, OperationTimeout, Rpc, SystemError};
+    matches!(code, GnutlsError | InvalidConn | NoConnect | OperationTimeout | Rpc | SystemError)
 }
 
 fn no_domain(error: LibvirtError, domain: &str) -> LibvirtError {

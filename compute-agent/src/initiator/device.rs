@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use tether_proto::{ByteSize, Wwn};
 
 use super::session::{Session, Sysfs, read};
+use crate::sizes::Sizes;
 
 /// Where udev keeps the stable names.
 pub(crate) const BY_ID: &str = "/dev/disk/by-id";
@@ -48,14 +49,14 @@ pub(crate) fn rescan(session: &Session) -> Result<(), DeviceError> {
     fs::write(&path, "1").map_err(fail("writing", &path))
 }
 
-/// Compares WWN and size with what the storage host said (rule 1, F1), and gives the size: one of two, for a volume may
-/// have been extended since.
+/// Compares WWN and size with what the storage host said (rule 1, F1), and gives the size: a volume may have been extended
+/// since.
 pub(crate) fn verify(
     sysfs: &Sysfs,
     session: &Session,
     disk: &str,
     wwn: Wwn,
-    sizes: [ByteSize; 2],
+    sizes: Sizes,
 ) -> Result<ByteSize, DeviceError> {
     let wwid = session.lun_folder().join("wwid");
     let found = read(&wwid).map_err(fail("reading", &wwid))?.unwrap_or_else(|| "none".to_owned());
@@ -66,11 +67,8 @@ pub(crate) fn verify(
     let path = sysfs.block().join(disk).join("size");
     let sectors = read(&path).map_err(fail("reading", &path))?.and_then(|text| text.parse::<u64>().ok());
     let found = sectors.unwrap_or(0).saturating_mul(512);
-    sizes.into_iter().find(|size| size.bytes() == found).ok_or_else(|| DeviceError::Size {
-        disk: disk.to_owned(),
-        found,
-        wanted: sizes[0],
-    })
+    let size = ByteSize::try_from(found).ok().filter(|_| sizes.allow(found));
+    size.ok_or_else(|| DeviceError::Size { disk: disk.to_owned(), found, wanted: sizes.any_of[0] })
 }
 
 /// The path that goes into domain XML (F3).
@@ -117,7 +115,7 @@ mod tests {
             &session,
             "sdb",
             WWN.parse().unwrap(),
-            [4096, 12288].map(|size| size.try_into().unwrap()),
+            Sizes { any_of: [4096, 12288].map(|size| size.try_into().unwrap()), or_larger: false },
         )
     }
 

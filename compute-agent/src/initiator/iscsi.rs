@@ -2,17 +2,19 @@
 //! nothing else. Not here: the node record, what sysfs says, and the order of steps.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use tether_agent_core::command::{CommandError, CommandLine, Output};
 use tether_proto::{Iqn, Portal};
 
 use super::session::Session;
-use crate::tcp_probe::{AllSilent, first_to_answer};
+use tether_agent_core::tcp_probe::{AllSilent, first_to_answer};
 
-const ISCSIADM: &str = "/sbin/iscsiadm";
+/// open-iscsi's tool.
+pub(crate) const ISCSIADM: &str = "/sbin/iscsiadm";
 /// Where open-iscsi keeps the lock of its database (LOCK_DIR in its idbm.h).
-const LOCK_DIRECTORY: &str = "/run/lock/iscsi";
+pub(crate) const LOCK_DIRECTORY: &str = "/run/lock/iscsi";
 /// iscsiadm gives up by itself: login_timeout of 5 s and one retry; 30 s is its wait for the database lock (F24).
 const IN_ALL: Duration = Duration::from_secs(45);
 
@@ -75,7 +77,9 @@ impl Exit {
             Some(2 | 21) => Self::NothingFound,
             Some(24) => Self::Rejected,
             Some(4) => Self::Other("the connection was lost or refused"),
-            Some(5 | 19) => Self::Other("the target ended the login"),
+            Some(5 | 19) => Self::Other(
+                "the target ended the login, or could not prove itself (mutual CHAP): see journalctl -u iscsid",
+            ),
             Some(6) => Self::Other("open-iscsi's database cannot be used"),
             Some(7) => Self::Other("open-iscsi does not take the record"),
             Some(8 | 11) => Self::Other("the target did not answer in time"),
@@ -134,6 +138,20 @@ pub(crate) async fn logout(target: &Iqn, session: &Session) -> Result<(), IscsiE
     }
 }
 
+/// The process of an iscsiadm that works on a target, as `proc` shows it (proc(5)), whoever started it.
+pub(crate) fn at_work_on(proc: &Path, target: &Iqn) -> Option<u32> {
+    std::fs::read_dir(proc).into_iter().flatten().flatten().find_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        // One that ends meanwhile is none.
+        let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
+        let arguments =
+            std::fs::read(entry.path().join("cmdline")).ok().filter(|_| name.trim_end() == "iscsiadm")?;
+        let names_it =
+            arguments.split(|byte| *byte == 0).any(|argument| argument == target.as_str().as_bytes());
+        names_it.then_some(pid)
+    })
+}
+
 /// open-iscsi's version, as `iscsiadm --version` tells it.
 pub(crate) async fn version() -> Option<String> {
     let output = CommandLine::new(ISCSIADM).arg("--version").output().await.ok()?;
@@ -180,6 +198,26 @@ fn failed(command: String, output: &Output) -> CommandError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn f32_an_iscsiadm_that_outlived_its_agent_is_found_by_its_target() {
+        let proc = tempfile::tempdir().unwrap();
+        for (pid, name, arguments) in [
+            ("7", "iscsiadm", "iscsiadm\0--mode\0node\0--targetname\0iqn.2026-11.example:other\0--login\0"),
+            ("8", "cat", "cat\0iqn.2026-11.example:mine\0"),
+            ("9", "iscsiadm", "iscsiadm\0--targetname\0iqn.2026-11.example:mine\0--login\0"),
+            ("self", "iscsiadm", "iscsiadm\0iqn.2026-11.example:late\0"),
+        ] {
+            let folder = proc.path().join(pid);
+            std::fs::create_dir(&folder).unwrap();
+            std::fs::write(folder.join("comm"), format!("{name}\n")).unwrap();
+            std::fs::write(folder.join("cmdline"), arguments).unwrap();
+        }
+        let at_work = |target: &str| at_work_on(proc.path(), &target.parse().unwrap());
+        assert_eq!(at_work("iqn.2026-11.example:mine"), Some(9));
+        assert_eq!(at_work("iqn.2026-11.example:min"), None);
+        assert_eq!(at_work("iqn.2026-11.example:late"), None);
+    }
 
     #[test]
     fn exit_codes_mean_what_open_iscsi_says() {

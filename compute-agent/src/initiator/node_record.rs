@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use tether_proto::{Iqn, IscsiConnection, Portal};
+use tether_proto::{Iqn, IscsiConnection, MutualChap, Portal};
 
 /// Where open-iscsi keeps its records on Debian.
 pub(crate) const NODE_DIRECTORY: &str = "/etc/iscsi/nodes";
@@ -14,6 +14,9 @@ pub(crate) const NODE_DIRECTORY: &str = "/etc/iscsi/nodes";
 /// How long I/O waits for a lost session before it fails, in seconds: long enough for a storage host to reboot (F22),
 /// and an end to it (F31).
 const REPLACEMENT_TIMEOUT: u32 = 180;
+
+/// The digests that CHAP may use, the best first; the target takes the first that it has (RFC 7143 section 12.1.4).
+const DIGESTS: &str = "SHA256,MD5";
 
 /// A file of open-iscsi's database that could not be written or removed.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +71,13 @@ pub(crate) fn delete(nodes: &Path, target: &Iqn) -> Result<bool, NodeRecordError
 fn record(connection: &IscsiConnection, portal: Portal) -> String {
     let IscsiConnection { target_iqn, target_portal_group_tag, chap_username, chap_secret, .. } = connection;
     let (address, port, secret) = (portal.address(), portal.port(), chap_secret.expose());
+    let mutual =
+        connection.mutual_chap.as_ref().map_or_else(String::new, |MutualChap { username, secret }| {
+            format!(
+                "node.session.auth.username_in = {username}\nnode.session.auth.password_in = {}\n",
+                secret.expose()
+            )
+        });
     format!(
         "# BEGIN RECORD 2.1.8\n\
          node.name = {target_iqn}\n\
@@ -88,8 +98,10 @@ fn record(connection: &IscsiConnection, portal: Portal) -> String {
          node.session.initial_login_retry_max = 1\n\
          node.session.timeo.replacement_timeout = {REPLACEMENT_TIMEOUT}\n\
          node.session.auth.authmethod = CHAP\n\
+         node.session.auth.chap_algs = {DIGESTS}\n\
          node.session.auth.username = {chap_username}\n\
          node.session.auth.password = {secret}\n\
+         {mutual}\
          # END RECORD\n"
     )
 }
@@ -97,6 +109,7 @@ fn record(connection: &IscsiConnection, portal: Portal) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::os::unix::fs::PermissionsExt;
     use tether_proto::Secret;
 
@@ -108,6 +121,39 @@ mod tests {
             chap_username: "tether-x".into(),
             chap_secret: Secret::new("canary-canary").unwrap(),
             wwn: "60014050000000000000000000000000".parse().unwrap(),
+            mutual_chap: Some(MutualChap {
+                username: "tether-target-x".into(),
+                secret: Secret::new("canary-in-turn").unwrap(),
+            }),
+        }
+    }
+
+    proptest! {
+        /// Nothing that came over the wire makes a line of its own, and each value comes back as it was.
+        #[test]
+        fn a_record_has_one_line_for_each_key(
+            target in "[a-z0-9.:-]{1,60}", tag in 1u16.., user in "[a-zA-Z0-9._:-]{1,128}",
+            secret in "[!$-&(-\\[\\]-_a-~]{12,128}", address: std::net::IpAddr, port in 1u16..
+        ) {
+            // Not every one is a legal name.
+            let Ok(target_iqn) = format!("iqn.2026-11.io.example:{target}").parse() else { return Ok(()) };
+            let connection = IscsiConnection {
+                target_iqn,
+                target_portal_group_tag: tag,
+                chap_username: user.clone(),
+                chap_secret: Secret::new(secret.clone()).unwrap(),
+                ..connection()
+            };
+            let Ok(portal) = std::net::SocketAddr::new(address, port).to_string().parse::<Portal>() else { return Ok(()) };
+            let text = record(&connection, portal);
+            let lines: std::collections::BTreeMap<&str, &str> =
+                text.lines().filter(|line| !line.starts_with('#')).map(|line| line.split_once(" = ").unwrap()).collect();
+            prop_assert_eq!(lines.len() + 2, text.lines().count());
+            prop_assert_eq!(lines["node.session.auth.username"], user);
+            prop_assert_eq!(lines["node.session.auth.password"], secret);
+            prop_assert_eq!(lines["node.session.auth.password_in"], "canary-in-turn");
+            prop_assert_eq!(lines["node.name"], connection.target_iqn.as_str());
+            prop_assert_eq!(lines["node.conn[0].address"].parse::<std::net::IpAddr>().ok(), Some(portal.address()));
         }
     }
 
@@ -122,6 +168,10 @@ mod tests {
         assert_eq!((mode(&folder), mode(&file)), (0o700, 0o600));
         let text = fs::read_to_string(&file).unwrap();
         assert!(text.contains("node.session.auth.password = canary-canary\n"));
+        assert!(text.contains("node.session.auth.username_in = tether-target-x\n"));
+        let one_way =
+            record(&IscsiConnection { mutual_chap: None, ..connection.clone() }, connection.portals[0]);
+        assert!(!one_way.contains("_in = "), "{one_way}");
         assert!(text.contains("node.conn[0].address = fd00::1\n"));
     }
 

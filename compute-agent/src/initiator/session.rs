@@ -46,6 +46,18 @@ impl Sysfs {
         self.first_to(target, names.into_iter())
     }
 
+    /// The targets of all sessions, each with the session's state, for somebody who asks what is on the host.
+    pub(crate) fn states(&self) -> io::Result<Vec<(String, String)>> {
+        let class = self.root.join("class/iscsi_session");
+        let mut states = Vec::new();
+        for name in names(&class)? {
+            let session = class.join(name);
+            // One that ends meanwhile is none.
+            states.extend(read(&session.join("targetname"))?.zip(read(&session.join("state"))?));
+        }
+        Ok(states)
+    }
+
     fn first_to(&self, target: &Iqn, names: impl Iterator<Item = String>) -> io::Result<Option<Session>> {
         for name in names {
             if let Some(session) = self.session(&name, target)? {
@@ -192,6 +204,7 @@ pub(crate) mod tests {
         fs::write(connection.join("persistent_port"), "3260\n").unwrap();
         assert_eq!(session.portal().unwrap().unwrap().to_string(), "[fd00::1]:3260");
         assert_eq!(sysfs.find_session(&iqn).unwrap(), Some(session));
+        assert_eq!(sysfs.states().unwrap(), [(iqn.to_string(), "LOGGED_IN".to_owned())]);
         let other: Iqn = "iqn.2026-11.io.example:y".parse().unwrap();
         assert_eq!(sysfs.find_session(&other).unwrap(), None);
     }

@@ -9,7 +9,7 @@ use tether_agent_core::failure::{Failure, Reason};
 use tether_proto::FileSystemId;
 
 use super::Mount;
-use crate::tcp_probe::AllSilent;
+use tether_agent_core::tcp_probe::AllSilent;
 
 /// Why a share or a file of it cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +39,9 @@ pub(crate) enum MountError {
     /// The server shows another file system.
     #[error("{} is not the file system {wanted} that the storage host exported", mount.share)]
     OtherFileSystem { mount: Box<Mount>, wanted: FileSystemId },
+    /// The server gives this host nothing of a share that is mounted.
+    #[error("the server does not share {} with this host any more: {message}", mount.share)]
+    NotShared { mount: Box<Mount>, message: String },
     /// The file is there, and cannot be the volume.
     #[error("{} is not the volume: {problem}", path.display())]
     Unfit { path: PathBuf, problem: String },
@@ -52,9 +55,9 @@ pub(crate) enum MountError {
         #[source]
         source: CommandError,
     },
-    /// A process hangs in the kernel.
-    #[error("process {pid} hangs in the kernel at {share}")]
-    Stuck { share: String, pid: u32 },
+    /// An earlier process hangs in the kernel.
+    #[error("{0}")]
+    Stuck(Box<Failure>),
     /// Others had the share all the time.
     #[error("others were busy with the share all the time")]
     Busy,
@@ -75,6 +78,11 @@ pub(crate) enum MountError {
 }
 
 impl MountError {
+    /// [`MountError::NotShared`].
+    pub(super) fn not_shared(mount: &Mount, message: String) -> Self {
+        Self::NotShared { mount: Box::new(mount.clone()), message }
+    }
+
     /// Is the file no longer there, or not under this handle? Then nothing of it is left to be written.
     pub(crate) fn is_gone(&self) -> bool {
         let gone = [nix::Error::ENOENT, nix::Error::ESTALE].map(|error| error as i32);
@@ -104,6 +112,8 @@ impl From<MountError> for Failure {
             )),
             MountError::NotMounted { mount, .. } => told(Reason::MountFailed)
                 .next(format!("see what is mounted: findmnt {0}", mount.directory.display())),
+            MountError::NotShared { .. } => told(Reason::MountFailed)
+                .next("on the storage host: tether reconcile, or Export again, brings the share back; see exportfs -v. Then call again"),
             MountError::StillMounted { mount, .. } => told(Reason::StillThere)
                 .next(format!("see what is mounted: findmnt {0}", mount.directory.display())),
             MountError::OtherFileSystem { .. } | MountError::Unfit { .. } => told(Reason::WrongDevice)
@@ -114,7 +124,7 @@ impl From<MountError> for Failure {
                 .next("see on the storage host that the file has the pool's owner and mode 0600: ls -ln"),
             MountError::Grow { source, .. } => with_command(Reason::FileFailed, source)
                 .next("run the command by hand on the compute host; the domain must be shut off"),
-            MountError::Stuck { .. } => told(Reason::Stuck),
+            MountError::Stuck(_) => told(Reason::Stuck),
             MountError::Busy => told(Reason::OperationRunning),
             MountError::Helper(source) => with_command(Reason::Internal, source),
             MountError::Io { .. } | MountError::Report(_) => told(Reason::MountFailed)
@@ -141,6 +151,13 @@ fn mount_failed(
         ]) =>
         {
             with_command(Reason::ServerUnreachable, source)
+        }
+        CommandError::Deadline { command, .. } if command.starts_with(super::UMOUNT) => {
+            with_command(Reason::ServerUnreachable, source).next(format!(
+                "bring the storage host back, then detach again; when it is gone for good, on the compute host: umount -f -l {}, \
+                 then detach again",
+                mount.directory.display()
+            ))
         }
         _ if says(&["target is busy", "device is busy"]) => {
             with_command(Reason::DeviceInUse, source).next(format!(

@@ -42,6 +42,8 @@ pub(crate) enum Answer {
     Unfit(String),
     /// The system said no.
     Failed { errno: i32, message: String },
+    /// The server gives the directory itself no more, so nothing is known of the file.
+    NotShared(String),
 }
 
 /// What identifies a file.
@@ -76,6 +78,11 @@ pub(crate) fn serve() -> ExitCode {
 }
 
 fn answer(question: &Question) -> Answer {
+    if let Question::Look { path, .. } | Question::Flush(path) = question
+        && let Err(error) = ask_again(path)
+    {
+        return Answer::NotShared(error.to_string());
+    }
     let outcome = match question {
         Question::Alive(path) => {
             nix::sys::statvfs::statvfs(path).map(|_| Answer::Done).map_err(io::Error::from)
@@ -89,11 +96,14 @@ fn answer(question: &Question) -> Answer {
     })
 }
 
-/// Opens the file that has this name on the server now. The client remembers which file a name leads to until it hears that
-/// the directory has changed, so it is made to ask.
-fn open(path: &Path) -> io::Result<File> {
+/// The client remembers which file a name leads to until it hears that the directory has changed, so it is made to ask.
+fn ask_again(path: &Path) -> io::Result<()> {
     let directory = path.parent().unwrap_or(path);
     statx(CWD, directory, AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS)?;
+    Ok(())
+}
+
+fn open(path: &Path) -> io::Result<File> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)
 }

@@ -1,7 +1,7 @@
 //! What the kernel says of mounts, without touching one: `/proc/self/mountinfo` and `/proc/fs/nfsfs/volumes`. Text in,
 //! values out; a server that is away does not hold up a read of these.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use procfs_core::FromRead;
 use procfs_core::process::{MountInfo, MountInfos};
@@ -16,10 +16,16 @@ pub(crate) struct Mounted {
     pub(crate) source: String,
     /// `MAJOR:MINOR` of the file system, as `st_dev` tells it.
     pub(crate) device: String,
+    /// Those of the file system and those of this mount of it.
     options: Vec<String>,
 }
 
 impl Mounted {
+    /// Is it mounted with an option that begins so, `lookupcache=`?
+    pub(crate) fn has_any(&self, beginning: &str) -> bool {
+        self.options.iter().any(|known| known.starts_with(beginning))
+    }
+
     /// Is it mounted with this option, `hard` or `vers=4.2`?
     pub(crate) fn has(&self, option: &str) -> bool {
         self.options.iter().any(|known| known == option)
@@ -36,8 +42,19 @@ pub(crate) fn mounted_on(mountinfo: &str, directory: &Path) -> Result<Option<Mou
     Ok(mounts.into_iter().rev().find(|mount| mount.mount_point == directory).map(read))
 }
 
+/// All NFS mounts: where they are, and what is mounted there.
+///
+/// # Errors
+/// When the text is no mountinfo.
+pub(crate) fn all_nfs(mountinfo: &str) -> Result<Vec<(PathBuf, Mounted)>, String> {
+    let MountInfos(mounts) = MountInfos::from_read(mountinfo.as_bytes())
+        .map_err(|error| format!("mountinfo is not as documented: {error}"))?;
+    let nfs = mounts.into_iter().filter(|mount| mount.fs_type.starts_with("nfs"));
+    Ok(nfs.map(|mount| (mount.mount_point.clone(), read(mount))).collect())
+}
+
 fn read(mount: MountInfo) -> Mounted {
-    let MountInfo { fs_type, mount_source, majmin, super_options, .. } = mount;
+    let MountInfo { fs_type, mount_source, majmin, super_options, mount_options, .. } = mount;
     let option = |(name, value): (String, Option<String>)| match value {
         Some(value) => format!("{name}={value}"),
         None => name,
@@ -46,7 +63,7 @@ fn read(mount: MountInfo) -> Mounted {
         kind: fs_type,
         source: mount_source.unwrap_or_default(),
         device: majmin,
-        options: super_options.into_iter().map(option).collect(),
+        options: super_options.into_iter().chain(mount_options).map(option).collect(),
     }
 }
 
@@ -63,6 +80,8 @@ pub(crate) fn has_file_system_id(volumes: &str, device: &str, id: FileSystemId) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use tether_proto::mangled;
 
     const MOUNTINFO: &str = "\
 25 1 254:0 / / rw,noatime shared:1 - ext4 /dev/vda rw
@@ -70,6 +89,17 @@ mod tests {
 130 129 0:40 / /var/lib/tether/mnt/y rw - nfs4 [fd99::1]:/srv/share rw,vers=4.1,soft
 131 130 0:41 / /var/lib/tether/mnt/y rw - tmpfs none rw
 ";
+
+    proptest! {
+        #[test]
+        fn a_damaged_mountinfo_is_an_error_or_names_the_directory(text in mangled(MOUNTINFO)) {
+            let directory = Path::new("/var/lib/tether/mnt/x");
+            if let Ok(Some(_)) = mounted_on(&text, directory) {
+                prop_assert!(text.contains("/var/lib/tether/mnt/x"));
+            }
+            drop(all_nfs(&text));
+        }
+    }
 
     #[test]
     fn f46_the_topmost_mount_on_a_directory_counts() {

@@ -189,3 +189,28 @@ async fn what_uses_an_export_is_told_in_the_words_of_its_transport() {
         assert_eq!(lab.storage.exported(), [ID]);
     }
 }
+
+#[tokio::test]
+async fn force_goes_to_both_hosts_and_tells_what_may_be_lost() {
+    let lab = attached().await;
+    let ran = lab.tether(&["detach", ID, "--force"]).await;
+    assert_eq!(ran.exit, 0, "{ran:?}");
+    assert_eq!(lab.mutations(), ["Detach", "Unexport"]);
+    assert!(lock(&lab.compute.last_detach).clone().unwrap().force);
+    for lost in ["forced: the guest held its disk", "forced: compute1 was logged in"] {
+        assert!(ran.err.contains(lost), "{}", ran.err);
+    }
+}
+
+#[tokio::test]
+async fn an_export_of_a_host_that_is_lost_for_good_is_ended_only_by_force() {
+    let lab = attached().await;
+    lab.compute.agent.link.down();
+    let ran = lab.tether(&["detach", ID]).await;
+    assert_eq!((ran.exit, lab.storage.exported().len()), (5, 1), "{ran:?}");
+    let ran = lab.tether(&["detach", ID, "--force"]).await;
+    assert_eq!(ran.exit, 0, "{ran:?}");
+    assert!(lab.storage.exported().is_empty());
+    assert!(ran.err.contains("no compute host was told (not asked: compute1)"), "{}", ran.err);
+    assert!(ran.err.contains(&format!("tether detach {ID}")), "{}", ran.err);
+}

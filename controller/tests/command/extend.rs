@@ -50,12 +50,12 @@ async fn json_has_both_reports() {
     assert_eq!(json["previous_size_bytes"], 1u64 << 30);
     assert_eq!((json["storage"].as_str(), json["outcome"].as_str()), (Some("storage1"), Some("repaired")));
     assert_eq!(json["report"]["steps"][0]["step"], "extend-volume");
-    assert_eq!(json["attachment"]["size_bytes"], 2u64 << 30);
-    assert_eq!(json["resize"]["steps"][1]["step"], "resize-disk");
+    assert_eq!(json["guests"][0]["attachment"]["size_bytes"], 2u64 << 30);
+    assert_eq!(json["guests"][0]["resize"]["steps"][1]["step"], "resize-disk");
     assert_eq!(json["unreachable"].as_array().unwrap().len(), 0);
     assert_eq!(lab.tether(&["detach", ID]).await.exit, 0);
     let json = lab.tether(&["--json", "volume", "extend", "tether/v1", "3G"]).await.json();
-    assert!(json["attachment"].is_null() && json["resize"].is_null(), "{json}");
+    assert!(json["guests"].as_array().is_some_and(Vec::is_empty), "{json}");
 }
 
 #[tokio::test]
@@ -96,6 +96,28 @@ async fn a_resize_that_fails_says_so_and_the_same_command_finishes_it() {
     assert_eq!(ran.exit, 0, "{ran:?}");
     assert_eq!(ran.out, "tether/v1 has 2 GiB already on storage1; c2 sees it as vdb\n");
     assert_eq!(size_in_guest(&lab), 2 << 30);
+}
+
+/// One of several guests that cannot be told keeps none of the others from being told.
+#[tokio::test]
+async fn a_guest_that_cannot_be_told_does_not_keep_the_others_from_it() {
+    let lab = attached("tether/v1").await;
+    let other = "22222222-2222-4222-8222-222222222222";
+    let mut export = lock(&lab.storage.exports)[ID].clone();
+    other.clone_into(&mut export.attachment_id);
+    lock(&lab.storage.exports).insert(other.to_owned(), export);
+    let mut attachment = lock(&lab.compute.attachments)[ID].clone();
+    other.clone_into(&mut attachment.attachment_id);
+    lock(&lab.compute.attachments).insert(other.to_owned(), attachment);
+    let status = refusal(Code::FailedPrecondition, "READ_ONLY_DISK", "the disk is read-only", &[]);
+    lab.compute.agent.trouble("ResizeAttachment", Trouble::Refuse(status));
+    let ran = lab.tether(&["volume", "extend", "tether/v1", "2G"]).await;
+    assert_eq!(ran.exit, 4, "{ran:?}");
+    assert_eq!(lab.mutations(), ["ExtendVolume", "ResizeAttachment", "ResizeAttachment"]);
+    let mut sizes: Vec<u64> = lock(&lab.compute.attachments).values().map(|one| one.size_bytes).collect();
+    sizes.sort_unstable();
+    assert_eq!(sizes, [1 << 30, 2 << 30], "the other one was told");
+    assert!(ran.err.contains("its guest does not see it yet: the disk is read-only"), "{}", ran.err);
 }
 
 #[tokio::test]

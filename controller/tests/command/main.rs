@@ -3,9 +3,12 @@
 
 mod attach;
 mod detach;
+mod doctor;
 mod extend;
 mod fakes;
 mod hosts;
 mod overview;
 mod pki;
 mod pool;
+mod reconcile;
+mod watch;

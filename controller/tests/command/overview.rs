@@ -153,3 +153,25 @@ async fn an_attachment_over_iscsi_has_no_share() {
     assert_eq!(json["export"]["client_addresses"].as_array().unwrap().len(), 0);
     assert_eq!(json["attachment"]["portal"], "192.0.2.1:3260");
 }
+
+#[tokio::test]
+async fn f16_all_lists_objects_with_whose_they_are_and_what_to_do_about_orphans() {
+    let lab = Lab::up().await;
+    assert_eq!(lab.tether(&["attach", "tether/v1", "c2", "--id", ID]).await.exit, 0);
+    let ran = lab.tether(&["list", "--all"]).await;
+    assert_eq!(ran.exit, 0, "{ran:?}");
+    for line in [
+        vec!["storage1", "target", "iqn.a:orphan", "orphaned"],
+        vec!["compute1", "session", "iqn.b:other", "foreign"],
+        vec!["compute1", "disk", "c2 vdb", "owned"],
+        vec![ID, "attached"],
+        vec!["target iqn.a:orphan on storage1: because it is OWNERSHIP_ORPHANED"],
+    ] {
+        let found = ran.out.lines().any(|row| line.iter().all(|cell| row.contains(cell)));
+        assert!(found, "{line:?}: {}", ran.out);
+    }
+    let json = lab.tether(&["list", "--all", "--json"]).await.json();
+    assert_eq!(json["objects"].as_array().unwrap().len(), 3);
+    assert_eq!(json["objects"][0]["ownership"], "orphaned");
+    assert_eq!(json["attachments"][0]["attachment_id"], ID);
+}

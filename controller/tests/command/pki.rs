@@ -37,3 +37,24 @@ async fn keys_are_private_and_nothing_is_written_over() {
         tether(&["--json", "pki", "issue", "controller", "me", "--directory", at], pending()).await.json();
     assert!(json["key"].as_str().unwrap().ends_with("pki/me.key"));
 }
+
+#[tokio::test]
+async fn certificates_are_issued_for_each_role() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path().to_str().unwrap();
+    assert_eq!(tether(&["pki", "init", "--directory", at], pending()).await.exit, 0);
+    for role in ["reader", "operator", "controller"] {
+        let ran = tether(&["pki", "issue", role, "me", "--directory", at], pending()).await;
+        assert!(ran.exit == 0 && ran.out.contains(&format!("for the role {role}")), "{ran:?}");
+        let pem = std::fs::read_to_string(directory.path().join("me.crt")).unwrap();
+        let (_, pem) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).unwrap();
+        let certificate = pem.parse_x509().unwrap();
+        // By this unit the agents know the role.
+        let units: Vec<_> =
+            certificate.subject().iter_organizational_unit().map(|unit| unit.as_str().unwrap()).collect();
+        assert_eq!(units, [format!("tether-{role}")]);
+        for file in ["me.crt", "me.key"] {
+            std::fs::remove_file(directory.path().join(file)).unwrap();
+        }
+    }
+}

@@ -11,16 +11,14 @@ use std::sync::Arc;
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::libc::O_NOFOLLOW;
-use tether_agent_core::command::CommandLine;
 use tether_agent_core::failure::Failure;
 use tether_agent_core::qcow2;
-use tether_proto::{ByteSize, FileName, VolumeFormat};
+use tether_proto::{FileName, VolumeFormat};
 
 use super::{Directory, DirectoryError, FileIdentity, failed};
 
 /// What a file's name begins with until it is whole. Hidden, so it is no volume's name.
 const CREATING_PREFIX: &str = ".tether-creating-";
-const QEMU_IMG: &str = "/usr/bin/qemu-img";
 
 /// A file as it is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,20 +171,6 @@ pub(crate) fn no_room(path: &Path, source: io::Error) -> Failure {
     failed("taking room for", path)(source).into()
 }
 
-/// Writes an empty qcow2 image into a file that is there: its owner and mode stay.
-pub(crate) async fn write_qcow2(path: &Path, size: ByteSize) -> Result<(), DirectoryError> {
-    let tool = CommandLine::new(QEMU_IMG).args(["create", "-q", "-f", "qcow2"]);
-    tool.arg(path).arg(size.bytes().to_string()).run().await?;
-    Ok(())
-}
-
-/// Makes a qcow2 image larger. Only for one that no QEMU has open.
-pub(crate) async fn resize_qcow2(path: &Path, size: ByteSize) -> Result<(), DirectoryError> {
-    let tool = CommandLine::new(QEMU_IMG).args(["resize", "-q", "-f", "qcow2"]);
-    tool.arg(path).arg(size.bytes().to_string()).never_kill().run().await?;
-    Ok(())
-}
-
 fn look(path: &Path) -> Result<Option<std::fs::Metadata>, DirectoryError> {
     match std::fs::symlink_metadata(path) {
         Ok(metadata) => Ok(Some(metadata)),
@@ -220,6 +204,7 @@ fn remove(path: &Path) -> Result<(), DirectoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tether_agent_core::stuck::Stuck;
 
     fn pool() -> (tempfile::TempDir, Directory) {
         let folder = tempfile::tempdir().unwrap();
@@ -227,7 +212,7 @@ mod tests {
         // The test's own ids: giving a file to oneself needs no rights.
         let own = std::fs::metadata(folder.path()).unwrap();
         use std::os::unix::fs::MetadataExt;
-        (folder, Directory::new(path, own.uid(), own.gid()))
+        (folder, Directory::new(path, own.uid(), own.gid(), Stuck::default()))
     }
 
     fn name(text: &str) -> FileName {

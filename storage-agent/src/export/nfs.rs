@@ -6,9 +6,12 @@
 //! each line is made what the index says, with a turn for each pool and address. So no line that somebody needs is lost, and
 //! none stays behind (F47).
 
-use std::collections::{BTreeMap, HashMap};
+mod open_files;
+mod users;
+
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,15 +20,16 @@ use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::journal::Journal;
 use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
 use tether_agent_core::turns::Turns;
-use tether_proto::{AccessMode, AttachmentId, Connector, NfsConnection, PoolName, Transport};
+use tether_proto::{AccessMode, AttachmentId, Connector, NfsConnection, PoolName, ServerAddress};
 
 use crate::addresses;
 use crate::config;
 use crate::directory::Directory;
-use crate::nfs::clients::{OpenFile, open_files};
-use crate::nfs::{Line, Nfs as Server, NfsError, Share};
-use crate::record::{Clients, Export, ExportRecord, Phase};
+use crate::nfs::{Line, Nfs as Server, NfsError, OpenFile, Share};
+use crate::record::{Clients, Export, ExportRecord};
 use crate::volume::find::FoundFile;
+pub(super) use users::shares;
+use users::{Users, enter, index, leave, wanted};
 
 /// How long others may be busy with the same line.
 const TURN: Duration = Duration::from_secs(60);
@@ -36,15 +40,21 @@ pub(super) struct Nfs {
     config: Option<config::Nfs>,
     turns: Turns<(PoolName, IpAddr)>,
     users: Mutex<Users>,
+    /// A file of the journal that may say of any line that it is needed.
+    damaged: Option<PathBuf>,
 }
-
-/// Who needs which line.
-type Users = HashMap<(PoolName, IpAddr), BTreeMap<AttachmentId, Share>>;
 
 /// What the server shows at one moment.
 pub(super) struct Seen {
     lines: Vec<Line>,
     open: Vec<OpenFile>,
+}
+
+impl Seen {
+    /// What is shared, whoever did it.
+    pub(super) fn lines(&self) -> &[Line] {
+        &self.lines
+    }
 }
 
 impl Nfs {
@@ -59,11 +69,18 @@ impl Nfs {
         {
             tracing::error!(%error, "this host cannot export over NFS yet");
         }
+        if config.is_some() && server.speaks_version_3() {
+            tracing::warn!(
+                "the NFS server speaks version 3, in which nobody sees who has a file open: a hypervisor that mounts a \
+                 share by hand with it is not noticed; turn it off in nfs.conf: [nfsd] vers3=n"
+            );
+        }
         Self {
             server,
             config: config.cloned(),
             turns: Turns::default(),
             users: Mutex::new(index(journal.list())),
+            damaged: journal.damaged().first().cloned(),
         }
     }
 
@@ -88,18 +105,35 @@ impl Nfs {
             )
             .at("validate"));
         }
-        Ok(Clients { addresses, owner_uid, owner_gid })
+        Ok(Clients { addresses, former: Vec::new(), owner_uid, owner_gid })
     }
 
-    /// The connection of a new export.
+    /// The connection of a new export. It names those of this host's addresses that are of a family with one of the client's:
+    /// from no other address would the directory be shared with it.
     pub(super) fn connection(
         &self,
         directory: &Directory,
         file: &FoundFile,
+        clients: &[IpAddr],
     ) -> Result<NfsConnection, Failure> {
-        let servers = &self.config()?.servers;
+        let config = self.config()?;
+        let own =
+            addresses::here(&config.servers, |server| server.address(), "NFS servers", "[nfs] servers")?;
+        let servers = own
+            .iter()
+            .copied()
+            .filter(|server| clients.iter().any(|client| client.is_ipv4() == server.address().is_ipv4()));
+        let servers: Vec<ServerAddress> = servers.collect();
+        if servers.is_empty() {
+            let (own, clients) = (list(&own), list(clients));
+            return Err(Failure::new(
+                Reason::NoClientAddress,
+                format!("this host serves NFS at {own}, and the hypervisor comes from {clients}: one is IPv4, the other IPv6"),
+            )
+            .at("validate"));
+        }
         Ok(NfsConnection {
-            servers: addresses::here(servers, |server| server.address(), "NFS servers", "[nfs] servers")?,
+            servers,
             path: directory.path().clone(),
             file: file.name.clone(),
             format: file.record.format,
@@ -142,11 +176,66 @@ impl Nfs {
         steps.run("unshare-directory", self.settle(&shares)).await.map(drop)
     }
 
+    /// Can a client of these addresses reach one of the servers that an export has named?
+    pub(super) fn check_families(&self, nfs: &NfsConnection, clients: &[IpAddr]) -> Result<(), Failure> {
+        let reaches = |server: &ServerAddress| {
+            clients.iter().any(|client| client.is_ipv4() == server.address().is_ipv4())
+        };
+        if nfs.servers.iter().any(reaches) {
+            return Ok(());
+        }
+        let (servers, clients) = (list(&nfs.servers), list(clients));
+        Err(Failure::new(
+            Reason::NoClientAddress,
+            format!("it was exported from {servers}, and the hypervisor comes from {clients} now"),
+        )
+        .at("validate")
+        .next("detach it and attach it anew: the new export names addresses of the other family"))
+    }
+
+    /// Ends the sharing with those addresses of an export that its hypervisor has no more.
+    pub(super) async fn leave_addresses(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        before: &Export,
+        after: &Export,
+        nfs: &NfsConnection,
+    ) -> Result<(), Failure> {
+        let mut gone = shares(before, nfs);
+        gone.retain(|share| !after.client_addresses().contains(&share.address));
+        if gone.is_empty() {
+            return Ok(());
+        }
+        leave(&mut self.users(), id, &gone);
+        steps.run("unshare-directory", self.settle(&gone)).await.map(drop)
+    }
+
     /// What the server shows now.
     pub(super) async fn look(&self) -> Result<Seen, Failure> {
         let server = self.server.clone();
-        let look =
-            move || Ok::<_, NfsError>(Seen { lines: server.lines()?, open: open_files(&server.clients()) });
+        let look = move || Ok::<_, NfsError>(Seen { lines: server.lines()?, open: server.open_files()? });
+        blocking(KERNEL_DEADLINE, look).await
+    }
+
+    /// Which address of an export the directory is not shared with; none when it is whole.
+    pub(super) async fn lacking(
+        &self,
+        export: &Export,
+        nfs: &NfsConnection,
+    ) -> Result<Option<IpAddr>, Failure> {
+        let (server, shares) = (self.server.clone(), shares(export, nfs));
+        let wanted: Vec<Share> =
+            shares.iter().map(|share| self.wanted(share).unwrap_or(share.clone())).collect();
+        let look = move || {
+            let lines = server.lines()?;
+            for share in &wanted {
+                if !lines.iter().any(|line| line.is_as(share)) || !server.has_fragment(share)? {
+                    return Ok(Some(share.address));
+                }
+            }
+            Ok::<_, Failure>(None)
+        };
         blocking(KERNEL_DEADLINE, look).await
     }
 
@@ -162,11 +251,12 @@ impl Nfs {
         let Some(path) = export.file() else { return Ok((enabled, false)) };
         let look = move || Ok::<_, Failure>(std::fs::symlink_metadata(path).map(|file| file.dev()).ok());
         let device = blocking(KERNEL_DEADLINE, look).await?;
+        let clients = export.all_addresses();
         let connected = device.is_some_and(|device| {
             seen.open.iter().any(|open| {
                 open.device == (major(device), minor(device))
                     && open.inode == nfs.inode
-                    && export.client_addresses().contains(&open.address)
+                    && clients.contains(&open.address)
             })
         });
         Ok((enabled, connected))
@@ -185,7 +275,10 @@ impl Nfs {
             };
             changed |= match self.wanted(share) {
                 Some(wanted) => self.share(wanted).await?,
-                None => self.unshare(share).await?,
+                None => {
+                    self.check_journal(share)?;
+                    self.unshare(share).await?
+                }
             };
             drop(turn);
         }
@@ -248,6 +341,21 @@ impl Nfs {
         Ok(blocking(KERNEL_DEADLINE, remove).await? || shared)
     }
 
+    /// A record that cannot be read may be of an export that needs the line: its guest would lose its disk.
+    fn check_journal(&self, share: &Share) -> Result<(), Failure> {
+        let Some(file) = &self.damaged else { return Ok(()) };
+        Err(Failure::new(
+            Reason::JournalFailed,
+            format!(
+                "the journal has a damaged file, {}, which may be of an export that needs {} shared with {}",
+                file.display(),
+                share.path,
+                share.address
+            ),
+        )
+        .next("put the file back from a backup or, when no hypervisor uses its volume, delete it; then restart the agent and call again"))
+    }
+
     async fn is_there(&self, share: &Share) -> Result<bool, Failure> {
         let (server, share) = (self.server.clone(), share.clone());
         let look = move || {
@@ -274,60 +382,6 @@ impl Nfs {
             .as_ref()
             .ok_or_else(|| Failure::new(Reason::Internal, "a pool of kind directory without [nfs]"))
     }
-}
-
-/// The lines that an export needs.
-fn shares(export: &Export, nfs: &NfsConnection) -> Vec<Share> {
-    let clients = export.share.iter();
-    clients
-        .flat_map(|clients| clients.addresses.iter().map(move |address| (clients, *address)))
-        .map(|(clients, address)| Share {
-            pool: export.volume.pool.clone(),
-            path: nfs.path.clone(),
-            address,
-            access_mode: export.connection.access_mode,
-            owner_uid: clients.owner_uid,
-            owner_gid: clients.owner_gid,
-            file_system_id: nfs.file_system_id,
-        })
-        .collect()
-}
-
-/// Who needs which line, as the journal has it.
-fn index(records: Vec<ExportRecord>) -> Users {
-    let mut users = Users::new();
-    for record in records {
-        if let (Phase::Exporting | Phase::Exported, Some(export)) = (record.phase, &record.export)
-            && let Transport::Nfs(nfs) = &export.connection.transport
-        {
-            enter(&mut users, record.id, &shares(export, nfs));
-        }
-    }
-    users
-}
-
-fn enter(users: &mut Users, id: AttachmentId, shares: &[Share]) {
-    for share in shares {
-        users.entry((share.pool.clone(), share.address)).or_default().insert(id, share.clone());
-    }
-}
-
-fn leave(users: &mut Users, id: AttachmentId, shares: &[Share]) {
-    for share in shares {
-        let key = (share.pool.clone(), share.address);
-        if let Some(exports) = users.get_mut(&key) {
-            exports.remove(&id);
-            if exports.is_empty() {
-                users.remove(&key);
-            }
-        }
-    }
-}
-
-fn wanted(users: &Users, share: &Share) -> Option<Share> {
-    let exports = users.get(&(share.pool.clone(), share.address))?;
-    let writable = exports.values().find(|share| share.access_mode == AccessMode::ReadWrite);
-    writable.or_else(|| exports.values().next()).cloned()
 }
 
 /// Is there a line that does for this export? One that another export made writable does for a read-only one, too.

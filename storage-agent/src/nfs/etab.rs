@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use tether_proto::FileSystemId;
+
 use super::Share;
 
 /// One line of etab.
@@ -36,12 +38,15 @@ impl Line {
         self.path == share.path.as_str() && self.client == super::client(share.address)
     }
 
-    /// Is it this directory, and may the server take this line for the address? Of a client by name it is not known.
+    /// Is it this directory, and may the server take this line for the address? Of a client by name, pattern or netgroup
+    /// nobody knows, and the server takes it before a network (exports(5)): so it may.
     pub(crate) fn may_serve(&self, share: &Share) -> bool {
         let client = self.client.as_str();
-        let covers = client == "*"
-            || client.parse::<IpAddr>().is_ok_and(|address| address == share.address)
-            || client.parse::<IpNet>().is_ok_and(|network| network.contains(&share.address));
+        let covers = match (client.parse::<IpAddr>(), client.parse::<IpNet>()) {
+            (Ok(address), _) => address == share.address,
+            (_, Ok(network)) => network.contains(&share.address),
+            (Err(_), Err(_)) => true,
+        };
         self.path == share.path.as_str() && covers
     }
 
@@ -58,6 +63,16 @@ impl Line {
             && self.has(&format!("anongid={}", share.owner_gid))
     }
 
+    /// `PATH CLIENT`, as exportfs -v shows it.
+    pub(crate) fn name(&self) -> String {
+        format!("{} {}", self.path, self.client)
+    }
+
+    /// Is it shared with this id, which is random and known to nobody else?
+    pub(crate) fn has_file_system_id(&self, id: FileSystemId) -> bool {
+        self.has(&format!("fsid={id}"))
+    }
+
     /// The line as a person would look for it.
     pub(crate) fn describe(&self) -> String {
         format!("{} {}({})", self.path, self.client, self.options.join(","))
@@ -71,7 +86,8 @@ impl Line {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tether_proto::AccessMode;
+    use proptest::prelude::*;
+    use tether_proto::{AccessMode, mangled};
 
     /// As nfs-utils 2.6.2 writes it.
     const ETAB: &str = "/srv/share\tfd99::2/128(ro,sync,wdelay,hide,nocrossmnt,secure,root_squash,all_squash,\
@@ -89,6 +105,18 @@ mod tests {
             owner_uid: 64055,
             owner_gid: 64055,
             file_system_id: "67e55044-10b1-426f-9247-bb680e5fe0c8".parse().unwrap(),
+        }
+    }
+
+    proptest! {
+        /// A line is ours only with our id, whatever else became of the file.
+        #[test]
+        fn damaged_lines_are_nobodys(text in mangled(ETAB)) {
+            for line in parse(&text) {
+                let share = share("fd99::2");
+                let _unused = (line.may_serve(&share), line.is_as(&share));
+                prop_assert!(!line.is_ours(&share) || text.contains(&share.file_system_id.to_string()));
+            }
         }
     }
 

@@ -1,4 +1,4 @@
-//! LIO through configfs: one backstore and one target for each export (design.md, "export").
+//! LIO through configfs: one target for each export, and one backstore, which only exports that share a volume share.
 //!
 //! Every `ensure_…` makes what is not there, writes what differs, reads back, and says whether it changed anything;
 //! so the same code makes an export and repairs one (F12). The layout is the kernel's, seen in `drivers/target` and
@@ -10,17 +10,26 @@ use std::time::Duration;
 use tether_agent_core::command::CommandLine;
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::steps::{KERNEL_DEADLINE, blocking};
-use tether_proto::{AccessMode, AttachmentId, Iqn, Portal, Secret};
+use tether_proto::{AccessMode, AttachmentId, Iqn, MutualChap, Portal, Secret};
 
 use super::configfs::{self, ConfigfsError};
+use crate::claims::Sharing;
 
 /// Where configfs shows the kernel's target.
 pub(crate) const ROOT: &str = "/sys/kernel/config/target";
 /// The one HBA folder that holds our backstores. Other tools count from 0, so they do not meet us there (F35).
-const HBA: &str = "core/iblock_7440";
+pub(crate) const HBA: &str = "core/iblock_7440";
 /// The tag of the one target portal group.
 pub(crate) const PORTAL_GROUP_TAG: u16 = 1;
-const MODULES: [&str; 3] = ["target_core_mod", "target_core_iblock", "iscsi_target_mod"];
+/// What every portal group has: CHAP is enforced, and no initiator is let in without an ACL (F43).
+const GROUP: [(&str, &str); 4] = [
+    ("attrib/authentication", "1"),
+    ("attrib/generate_node_acls", "0"),
+    ("attrib/demo_mode_write_protect", "1"),
+    ("param/AuthMethod", "CHAP"),
+];
+/// What the kernel needs for it.
+pub(crate) const MODULES: [&str; 3] = ["target_core_mod", "target_core_iblock", "iscsi_target_mod"];
 /// The kernel's EBUSY: somebody else has the device open.
 const EBUSY: i32 = 16;
 /// The kernel's EINTR and EINVAL.
@@ -40,8 +49,8 @@ pub(crate) struct Lio {
 /// What one target is to be.
 #[derive(Debug, Clone)]
 pub(crate) struct Target {
-    /// Names the backstore.
-    pub(crate) id: AttachmentId,
+    /// The backstore's name, see [`backstore_name`].
+    pub(crate) backstore: String,
     /// The target's name.
     pub(crate) iqn: Iqn,
     /// The device to export.
@@ -54,12 +63,29 @@ pub(crate) struct Target {
     pub(crate) chap_username: String,
     /// The CHAP secret.
     pub(crate) chap_secret: Secret,
+    /// What it proves itself by in turn.
+    pub(crate) mutual_chap: Option<MutualChap>,
     /// Where to listen.
     pub(crate) portals: Vec<Portal>,
     /// May it write?
     pub(crate) access_mode: AccessMode,
     /// The device takes discards.
     pub(crate) discard: bool,
+}
+
+impl Target {
+    fn write_protect(&self) -> &'static str {
+        if self.access_mode == AccessMode::ReadOnly { "1" } else { "0" }
+    }
+}
+
+/// The backstore of an export: its own, named after the attachment. Exports that share a volume have one backstore, named
+/// after the volume: the kernel opens a device for one backstore alone, and reservations hold for all who share it.
+pub(crate) fn backstore_name(id: AttachmentId, sharing: Sharing, unit_serial: &str) -> String {
+    match sharing {
+        Sharing::Exclusive => format!("tether-{id}"),
+        Sharing::ReadOnly | Sharing::MultiAttach => format!("tether-{unit_serial}"),
+    }
 }
 
 impl From<ConfigfsError> for Failure {
@@ -87,7 +113,8 @@ impl Lio {
         if blocking(KERNEL_DEADLINE, move || Ok::<_, Failure>(hba.is_dir())).await? {
             return Ok(self);
         }
-        if !self.root.join("iscsi").is_dir() {
+        // The others are loaded by the kernel itself when their folders are made. The unit may load none.
+        if !self.root.is_dir() {
             let loaded = CommandLine::new("/sbin/modprobe")
                 .args(["--all", "--quiet"])
                 .args(MODULES)
@@ -106,7 +133,12 @@ impl Lio {
             .next("mount configfs: mount -t configfs none /sys/kernel/config"));
         }
         let (fabric, hba) = (self.root.join("iscsi"), self.hba());
-        blocking(KERNEL_DEADLINE, move || configfs::make(&fabric).and_then(|_| configfs::make(&hba))).await?;
+        blocking(KERNEL_DEADLINE, move || {
+            configfs::make(&fabric)
+                .and_then(|_| configfs::make(&hba))
+                .map_err(|error| Failure::from_error(Reason::KernelLacksTarget, &error))
+        })
+        .await?;
         Ok(self)
     }
 
@@ -119,7 +151,7 @@ impl Lio {
     /// Backstore: the device with its unit serial, enabled. The kernel opens it for itself alone, so a device that
     /// the host has mounted is refused.
     pub(crate) fn ensure_backstore(&self, target: &Target) -> Result<bool, Failure> {
-        let path = self.backstore(target.id);
+        let path = self.backstore(&target.backstore);
         let mut changed = configfs::make(&path)?;
         if configfs::read(&path.join("enable"))? == "0" {
             configfs::write(&path.join("control"), &format!("udev_path={}", target.device))?;
@@ -150,10 +182,9 @@ impl Lio {
         let mut changed = configfs::make(&self.target(&target.iqn))?;
         let group = self.group(&target.iqn);
         changed |= configfs::make(&group)?;
-        changed |= configfs::ensure(&group.join("attrib/authentication"), "1")?;
-        changed |= configfs::ensure(&group.join("attrib/generate_node_acls"), "0")?;
-        changed |= configfs::ensure(&group.join("attrib/demo_mode_write_protect"), "1")?;
-        changed |= configfs::ensure(&group.join("param/AuthMethod"), "CHAP")?;
+        for (attribute, value) in GROUP {
+            changed |= configfs::ensure(&group.join(attribute), value)?;
+        }
         Ok(changed)
     }
 
@@ -161,7 +192,7 @@ impl Lio {
     pub(crate) fn ensure_lun(&self, target: &Target) -> Result<bool, ConfigfsError> {
         let lun = self.lun(&target.iqn);
         let made = configfs::make(&lun)?;
-        Ok(configfs::link(&self.backstore(target.id), &lun.join("backstore"))? || made)
+        Ok(configfs::link(&self.backstore(&target.backstore), &lun.join("backstore"))? || made)
     }
 
     /// The connector's initiator, its secret, and LUN 0 for it.
@@ -170,11 +201,15 @@ impl Lio {
         let mut changed = configfs::make(&acl)?;
         changed |= configfs::ensure(&acl.join("auth/userid"), &target.chap_username)?;
         changed |= configfs::ensure_secret(&acl.join("auth/password"), target.chap_secret.expose())?;
+        // For an initiator that asks for the proof; the kernel lets in one that does not ask.
+        if let Some(mutual) = &target.mutual_chap {
+            changed |= configfs::ensure(&acl.join("auth/userid_mutual"), &mutual.username)?;
+            changed |= configfs::ensure_secret(&acl.join("auth/password_mutual"), mutual.secret.expose())?;
+        }
         let mapped = acl.join("lun_0");
         changed |= configfs::make(&mapped)?;
         changed |= configfs::link(&self.lun(&target.iqn), &mapped.join("lun"))?;
-        let protect = if target.access_mode == AccessMode::ReadOnly { "1" } else { "0" };
-        changed |= configfs::ensure(&mapped.join("write_protect"), protect)?;
+        changed |= configfs::ensure(&mapped.join("write_protect"), target.write_protect())?;
         Ok(changed)
     }
 
@@ -202,6 +237,37 @@ impl Lio {
     /// Lets initiators in; the last step of an export.
     pub(crate) fn ensure_enabled(&self, iqn: &Iqn) -> Result<bool, ConfigfsError> {
         configfs::ensure(&self.group(iqn).join("enable"), "1")
+    }
+
+    /// The first part of a target that is not there, or lets in others than the `ensure_…` make it let in; none when it is whole.
+    /// Reads only.
+    pub(crate) fn lacking(&self, target: &Target) -> Result<Option<PathBuf>, ConfigfsError> {
+        let (group, lun) = (self.group(&target.iqn), self.lun(&target.iqn));
+        let acl = self.acl(&target.iqn, &target.initiator);
+        let mut values = vec![(self.backstore(&target.backstore).join("enable"), "1")];
+        values.extend(GROUP.map(|(attribute, value)| (group.join(attribute), value)));
+        values.extend([
+            (acl.join("auth/userid"), target.chap_username.as_str()),
+            (acl.join("auth/password"), target.chap_secret.expose()),
+            (acl.join("lun_0/write_protect"), target.write_protect()),
+            (group.join("enable"), "1"),
+        ]);
+        if let Some(mutual) = &target.mutual_chap {
+            values.push((acl.join("auth/userid_mutual"), &mutual.username));
+            values.push((acl.join("auth/password_mutual"), mutual.secret.expose()));
+        }
+        for (path, value) in values {
+            if configfs::read_if_there(&path)?.as_deref() != Some(value) {
+                return Ok(Some(path));
+            }
+        }
+        let portals = target.portals.iter().map(|portal| group.join("np").join(portal.to_string()));
+        for path in [lun.join("backstore"), acl.join("lun_0/lun")].into_iter().chain(portals) {
+            if !configfs::is_there(&path)? {
+                return Ok(Some(path));
+            }
+        }
+        Ok(None)
     }
 
     /// Cuts live sessions at once and lets nobody in; the first step of a removal.
@@ -234,9 +300,9 @@ impl Lio {
     }
 
     /// Removes the backstore and proves it gone. True when it was there.
-    pub(crate) fn remove_backstore(&self, id: AttachmentId) -> Result<bool, ConfigfsError> {
-        let removed = configfs::remove(&self.backstore(id))?;
-        configfs::prove_gone(&self.backstore(id))?;
+    pub(crate) fn remove_backstore(&self, name: &str) -> Result<bool, ConfigfsError> {
+        let removed = configfs::remove(&self.backstore(name))?;
+        configfs::prove_gone(&self.backstore(name))?;
         Ok(removed)
     }
 
@@ -252,12 +318,27 @@ impl Lio {
         Ok(info.is_some_and(|info| !info.is_empty() && !info.starts_with("No active iSCSI Session")))
     }
 
+    /// The names of all targets and of all backstores, `HBA/NAME`, whoever made them.
+    pub(crate) fn list(&self) -> Result<(Vec<String>, Vec<String>), ConfigfsError> {
+        let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let is_target = |name: &String| ["iqn.", "eui.", "naa."].iter().any(|kind| name.starts_with(kind));
+        let found = configfs::list(&self.root.join("iscsi"))?;
+        let targets = found.iter().filter_map(|path| name(path)).filter(is_target).collect();
+        let mut backstores = Vec::new();
+        for hba in configfs::list(&self.root.join("core"))?.iter().filter(|path| path.is_dir()) {
+            for backstore in configfs::list(hba)?.iter().filter(|path| path.join("udev_path").exists()) {
+                backstores.extend(name(hba).zip(name(backstore)).map(|(hba, own)| format!("{hba}/{own}")));
+            }
+        }
+        Ok((targets, backstores))
+    }
+
     fn hba(&self) -> PathBuf {
         self.root.join(HBA)
     }
 
-    fn backstore(&self, id: AttachmentId) -> PathBuf {
-        self.hba().join(format!("tether-{id}"))
+    fn backstore(&self, name: &str) -> PathBuf {
+        self.hba().join(name)
     }
 
     fn target(&self, iqn: &Iqn) -> PathBuf {

@@ -6,20 +6,24 @@
 mod extend;
 
 pub(crate) use extend::settle;
+use tether_agent_core::command::CommandLine;
 use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::qcow2;
 use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
 use tether_proto::wire::{self, OperationReport, Outcome};
 use tether_proto::{ByteSize, FileName, PoolName, VolumeFormat, VolumeKey};
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::record::{FilePhase, FileRecord, journal_key};
 use super::{PoolRoom, VolumeView, Volumes, Wanted, check_room, different, find, round_up};
 use crate::claims::Claim;
-use crate::directory::file::{no_room, set_length, sync, write_qcow2};
-use crate::directory::{Directory, FileIdentity};
+use crate::directory::file::{no_room, set_length, sync};
+use crate::directory::{Directory, DirectoryError, FileIdentity};
 use crate::identity::Provisioning;
+use crate::nfs::Whose;
 use crate::space;
 
 /// What a file's size is a multiple of.
@@ -38,13 +42,14 @@ impl Volumes {
         let key = record.volume.clone();
         let place = self.pools.get(&key.pool).map(|pool| pool.place(&key.volume));
         VolumeView {
-            exported_for: place.ok().and_then(|place| self.claims.exported_for(&place)),
+            exported_for: place.map(|place| self.claims.exported_for(&place)).unwrap_or_default(),
             key,
             identity: record.volume_identity(),
             format: record.format,
             provisioning: record.provisioning,
             transport: wire::Transport::Nfs,
             ours: true,
+            multi_attach: record.multi_attach,
         }
     }
 
@@ -55,10 +60,10 @@ impl Volumes {
     ) -> Result<PoolRoom, Failure> {
         self.pools.look_at_directory(pool, directory).await?;
         let looked = directory.clone();
-        let room = blocking(KERNEL_DEADLINE, move || looked.room()).await?;
+        let room = directory.look(move || looked.room()).await?;
         let records = self.pools.files.list().into_iter().filter(|record| record.volume.pool == *pool);
         let provisioned = records.map(|record| record.size.bytes()).fold(0, u64::saturating_add);
-        Ok(PoolRoom { size: room.size, free: room.free, provisioned })
+        Ok(PoolRoom { size: room.size, free: room.free, provisioned, metadata_percent: None })
     }
 
     pub(super) async fn create_file(
@@ -71,7 +76,7 @@ impl Volumes {
         let provisioning = check_wanted(wanted)?;
         let size = round_up(wanted.size, UNIT)?;
         steps.run("check-pool", self.pools.use_directory(&key.pool, directory)).await?;
-        let new = FileRecord::new(key.clone(), wanted.format, provisioning, size);
+        let new = FileRecord::new(key.clone(), wanted.format, provisioning, size, wanted.multi_attach);
         if let Some(record) = self.pools.file(key).filter(|record| record.phase == FilePhase::Ready) {
             if let Some(what) = record.difference(&new) {
                 return Err(different(key, &what));
@@ -148,7 +153,7 @@ impl Volumes {
         record: &FileRecord,
     ) -> Result<bool, Failure> {
         let (looked, called) = (directory.clone(), name.clone());
-        if !blocking(KERNEL_DEADLINE, move || looked.is_taken(&called)).await? {
+        if !directory.look(move || looked.is_taken(&called)).await? {
             return Ok(false);
         }
         if record.identity.is_some() && find::measure(directory, record).await.is_ok() {
@@ -161,7 +166,7 @@ impl Volumes {
 
     async fn check_file_room(&self, directory: &Directory, record: &FileRecord) -> Result<(), Failure> {
         let looked = directory.clone();
-        let room = blocking(KERNEL_DEADLINE, move || looked.room()).await?;
+        let room = directory.look(move || looked.room()).await?;
         let most = match record.provisioning {
             Provisioning::Thick => room.free,
             // It grows as it is written, but never past the file system.
@@ -197,7 +202,7 @@ impl Volumes {
     }
 
     /// What a creation or deletion that was cut off has left.
-    async fn clear_leftover(
+    pub(super) async fn clear_leftover(
         &self,
         steps: &Steps,
         directory: &Directory,
@@ -223,6 +228,16 @@ impl Volumes {
         Ok(steps.report(outcome?))
     }
 
+    /// No client of the share has the file open, and the server is there to know.
+    async fn check_closed(&self, steps: &Steps, path: PathBuf, inode: u64) -> Result<(), Failure> {
+        let server = self.nfs.clone();
+        let check = move || {
+            server.check_running()?;
+            server.check_closed(&path, inode, &Whose::all())
+        };
+        steps.run_blocking("check-closed", check).await
+    }
+
     async fn remove_file(
         &self,
         steps: &Steps,
@@ -244,6 +259,7 @@ impl Volumes {
         let name = record.file_name()?;
         let (looked, called) = (directory.clone(), name.clone());
         steps.run_blocking("find-volume", move || looked.is_ours(&called, identity)).await?;
+        self.check_closed(steps, directory.file(&name), identity.inode).await?;
         let deleting = FileRecord { phase: FilePhase::Deleting, ..record };
         self.write_file_record(steps, "write-journal", &deleting).await?;
         let gone = directory.clone();
@@ -280,7 +296,7 @@ async fn fill(
     let (file, identity) = blocking(KERNEL_DEADLINE, move || maker.make(&called)).await?;
     let (file, path, size) = (Arc::new(file), directory.unfinished(name), record.size);
     match (record.format, record.provisioning) {
-        (VolumeFormat::Qcow2, _) => write_qcow2(&path, size).await?,
+        (VolumeFormat::Qcow2, _) => run(qcow2::create(&path, size.bytes(), directory.owner())).await?,
         (VolumeFormat::Raw, Provisioning::Thin) => lengthen(&file, &path, size).await?,
         (VolumeFormat::Raw, Provisioning::Thick) => {
             let progress = |progress| steps.progress("create-file", progress);
@@ -291,6 +307,12 @@ async fn fill(
     Ok(identity)
 }
 
+/// Runs qemu-img.
+async fn run(tool: CommandLine) -> Result<(), DirectoryError> {
+    tool.run().await?;
+    Ok(())
+}
+
 async fn lengthen(file: &Arc<File>, path: &std::path::Path, size: ByteSize) -> Result<(), Failure> {
     let (file, path) = (file.clone(), path.to_owned());
     blocking(KERNEL_DEADLINE, move || set_length(&file, &path, size.bytes())).await
@@ -298,6 +320,14 @@ async fn lengthen(file: &Arc<File>, path: &std::path::Path, size: ByteSize) -> R
 
 /// What a directory has; says how the space of a new file is had.
 fn check_wanted(wanted: Wanted) -> Result<Provisioning, Failure> {
+    if wanted.multi_attach && wanted.format == VolumeFormat::Qcow2 {
+        return Err(Failure::new(
+            Reason::InvalidArgument,
+            "multi_attach: a qcow2 volume has one writer: its header and tables are kept in that one's memory",
+        )
+        .at("validate")
+        .next("make it raw"));
+    }
     match (wanted.format, wanted.provisioning.unwrap_or(Provisioning::Thin)) {
         (VolumeFormat::Qcow2, Provisioning::Thick) => {
             Err(Failure::new(Reason::InvalidArgument, "provisioning: a qcow2 volume is thin, got thick")
@@ -315,7 +345,10 @@ mod tests {
     #[test]
     fn a_directory_has_thin_and_thick_raw_files_and_thin_qcow2_files() {
         let size = ByteSize::try_from(1).unwrap();
-        let check = |format, provisioning| check_wanted(Wanted { size, format, provisioning });
+        let check =
+            |format, provisioning| check_wanted(Wanted { size, format, provisioning, multi_attach: false });
+        let shared = |format| check_wanted(Wanted { size, format, provisioning: None, multi_attach: true });
+        assert!(shared(VolumeFormat::Raw).is_ok() && shared(VolumeFormat::Qcow2).is_err());
         assert_eq!(check(VolumeFormat::Raw, None).unwrap(), Provisioning::Thin);
         assert_eq!(check(VolumeFormat::Qcow2, None).unwrap(), Provisioning::Thin);
         assert_eq!(check(VolumeFormat::Raw, Some(Provisioning::Thick)).unwrap(), Provisioning::Thick);

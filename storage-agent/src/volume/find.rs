@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::steps::{KERNEL_DEADLINE, blocking};
-use tether_proto::{FileName, VolumeFormat, VolumeKey};
+use tether_proto::{ByteSize, FileName, VolumeFormat, VolumeKey};
 
 use super::record::{DirectoryRecord, FilePhase, FileRecord, file_name};
 use crate::directory::file::Found;
@@ -25,6 +25,17 @@ pub(crate) struct FoundFile {
     pub(crate) directory: DirectoryRecord,
     /// The file itself. Its size is the recorded one unless an extension is not finished.
     pub(crate) found: Found,
+}
+
+impl FoundFile {
+    /// The size that a hypervisor finds. A qcow2 file that is exported may be told larger before it is: ResizeAttachment makes it
+    /// so.
+    pub(crate) fn exported_size(&self) -> ByteSize {
+        match self.record.format {
+            VolumeFormat::Raw => self.record.size,
+            VolumeFormat::Qcow2 => ByteSize::try_from(self.found.size).unwrap_or(self.record.size),
+        }
+    }
 }
 
 /// An LV with its device.
@@ -58,6 +69,13 @@ pub(crate) async fn file(
         record => return Err(no_file(directory, volume, record).await),
     };
     let (name, found) = measure(directory, &record).await?;
+    let record = match record.extending_to {
+        // It was grown without a word to this host: what it has is what it is to have.
+        None if found.size > record.size.bytes() => {
+            FileRecord { extending_to: Some(ByteSize::try_from(found.size)?), ..record }
+        }
+        _ => record,
+    };
     Ok(FoundFile { record, name, directory: directory_record, found })
 }
 
@@ -74,7 +92,7 @@ pub(crate) async fn measure(
         ));
     };
     let (looked, called, format) = (directory.clone(), name.clone(), record.format);
-    let found = blocking(KERNEL_DEADLINE, move || looked.measure(&called, format, identity)).await?;
+    let found = directory.look(move || looked.measure(&called, format, identity)).await?;
     record.check_size(found.size).map_err(|problem| {
         Failure::from(DirectoryError::WrongFile { path: directory.file(&name), problem })
     })?;
@@ -122,7 +140,7 @@ pub(crate) async fn foreign_file(
     for format in [VolumeFormat::Raw, VolumeFormat::Qcow2] {
         let name = file_name(volume, format)?;
         let (looked, called) = (directory.clone(), name.clone());
-        if blocking(KERNEL_DEADLINE, move || looked.is_taken(&called)).await? {
+        if directory.look(move || looked.is_taken(&called)).await? {
             return Ok(Some(directory.file(&name).display().to_string()));
         }
     }

@@ -53,8 +53,11 @@ pub(crate) struct FileRecord {
     pub(crate) uuid: String,
     /// Which file it is; not known before it is made.
     pub(crate) identity: Option<FileIdentity>,
-    /// An extension to this size has begun and is not seen done: the file has any size up to it. With a size that is told
-    /// already it is a qcow2 file that the compute host will make larger.
+    /// Several hosts may have it at a time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) multi_attach: bool,
+    /// An extension to this size has begun and is not seen done: a raw file has any size up to it. With a size that is told
+    /// already it is a qcow2 file that the compute host will make larger, or has, as far as its caller said.
     pub(crate) extending_to: Option<ByteSize>,
 }
 
@@ -65,6 +68,7 @@ impl FileRecord {
         format: VolumeFormat,
         provisioning: Provisioning,
         size: ByteSize,
+        multi_attach: bool,
     ) -> Self {
         Self {
             volume,
@@ -74,6 +78,7 @@ impl FileRecord {
             size,
             uuid: Uuid::new_v4().to_string(),
             identity: None,
+            multi_attach,
             extending_to: None,
         }
     }
@@ -100,17 +105,22 @@ impl FileRecord {
             let [own, others] = [self, other].map(|record| record.provisioning.as_str());
             return Some(format!("is {own} and not {others}"));
         }
+        if self.multi_attach != other.multi_attach {
+            return Some(multi_attach_difference(self.multi_attach));
+        }
         None
     }
 
-    /// May a file of this record have this size? The error says what it has.
+    /// May a file of this record have this size? The error says what it has. A compute host grows a qcow2 file on its caller's
+    /// word alone, which may be another than the word that was given here: the file is the same, by its inode.
     pub(crate) fn check_size(&self, found: u64) -> Result<(), String> {
         let told = self.size.bytes();
         let fits = match (self.extending_to.map(ByteSize::bytes), self.format) {
-            (None, _) => found == told,
+            (None, VolumeFormat::Raw) => found == told,
             (Some(most), VolumeFormat::Raw) => (told..=most).contains(&found),
+            (None, VolumeFormat::Qcow2) => found >= told,
             // How far the compute host is cannot be seen here.
-            (Some(most), VolumeFormat::Qcow2) => found <= most,
+            (Some(_), VolumeFormat::Qcow2) => true,
         };
         if fits { Ok(()) } else { Err(format!("has {found} bytes for the guest and not {told}")) }
     }
@@ -121,17 +131,54 @@ pub(crate) fn file_name(volume: &VolumeKey, format: VolumeFormat) -> Result<File
     format!("{}.{format}", volume.volume).parse()
 }
 
-/// A thick LV that is being extended: its new part may show old data until this record is gone (F5).
+/// A thick LV that is being extended, by extents that are wiped before (F5).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ExtensionRecord {
     /// The volume.
     pub(crate) volume: VolumeKey,
     /// The LV's permanent id: another LV under the name has nothing to do with this.
     pub(crate) uuid: String,
-    /// From where on it is not wiped.
+    /// How large it was.
     pub(crate) from: ByteSize,
     /// How large it is to be.
     pub(crate) to: ByteSize,
+}
+
+/// Says of a volume that is there that it is multi_attach, or is not, as was not asked for.
+pub(crate) fn multi_attach_difference(is: bool) -> String {
+    if is { "is multi_attach".to_owned() } else { "is not multi_attach".to_owned() }
+}
+
+/// An LV that several hosts may have at a time. The record is made before the LV, and LVM knows nothing of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MultiAttachRecord {
+    /// The volume.
+    pub(crate) volume: VolumeKey,
+    /// The LV's permanent id; not known before it is made. Another LV under the name has nothing to do with this.
+    pub(crate) uuid: Option<String>,
+}
+
+/// What is about to be done to an LV. LVM does each in one go; the record says who asked for it when the agent dies meanwhile.
+/// It is gone when the operation has ended, well or not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct OperationRecord {
+    /// The volume.
+    pub(crate) volume: VolumeKey,
+    /// What is done.
+    pub(crate) operation: VolumeOperation,
+    /// The permanent id of an LV that is deleted: another LV under the name has nothing to do with this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) uuid: Option<String>,
+}
+
+/// See [`OperationRecord`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum VolumeOperation {
+    /// It is made.
+    Create,
+    /// It is deleted.
+    Delete,
 }
 
 /// The key of a volume's record. No pool's and no volume's name has an `@`.
@@ -145,7 +192,7 @@ mod tests {
 
     fn record(format: VolumeFormat) -> FileRecord {
         let size = ByteSize::try_from(100).unwrap();
-        FileRecord::new("share/a".parse().unwrap(), format, Provisioning::Thin, size)
+        FileRecord::new("share/a".parse().unwrap(), format, Provisioning::Thin, size, false)
     }
 
     #[test]
@@ -154,9 +201,8 @@ mod tests {
         for (format, extending_to, fits, does_not) in [
             (Raw, None, &[100][..], &[99, 101][..]),
             (Raw, Some(200), &[100, 150, 200], &[99, 201]),
-            (Qcow2, None, &[100], &[99, 101]),
-            (Qcow2, Some(200), &[50, 100, 200], &[201]),
-            (Qcow2, Some(100), &[50, 100], &[101]),
+            (Qcow2, None, &[100, 101], &[99]),
+            (Qcow2, Some(200), &[50, 100, 200, 201], &[]),
         ] {
             let extending_to = extending_to.map(|size| ByteSize::try_from(size).unwrap());
             let record = FileRecord { extending_to, ..record(format) };
@@ -173,6 +219,8 @@ mod tests {
         assert_eq!(one.difference(&other).as_deref(), Some("is raw and not qcow2"));
         let other = FileRecord { size: ByteSize::try_from(7).unwrap(), ..one.clone() };
         assert_eq!(one.difference(&other).as_deref(), Some("has 100 bytes and not 7"));
+        let other = FileRecord { multi_attach: true, ..one.clone() };
+        assert_eq!(one.difference(&other).as_deref(), Some("is not multi_attach"));
         let other = FileRecord { provisioning: Provisioning::Thick, ..one.clone() };
         assert_eq!(one.difference(&other).as_deref(), Some("is thin and not thick"));
     }

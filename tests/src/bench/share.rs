@@ -38,6 +38,6 @@ impl Bench {
             .await?;
         self.lab.compute.run(&format!("umount {BY_HAND}")).await?;
         let steps = self.attach_and_detach(attachment_id, info).await?;
-        Ok((span(&steps, "choose-server", "verify-domain")?, mounted + plugged))
+        Ok((span(&steps, "find-domain", "close-journal")?, mounted + plugged))
     }
 }

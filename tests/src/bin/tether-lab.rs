@@ -6,6 +6,7 @@ use std::convert::Infallible;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -13,7 +14,7 @@ use serde_json::json;
 use tether_tests::instance::{self, Instance};
 use tether_tests::progress::say;
 use tether_tests::qemu::MACHINES;
-use tether_tests::{Lab, Options, State, Tether, bench, cache, lab};
+use tether_tests::{Lab, Options, State, Tether, bench, cache, lab, soak};
 
 /// Two emulated hosts with real LVM, LIO, open-iscsi and libvirt, and Linux guests, to try Tether on.
 ///
@@ -74,6 +75,19 @@ enum Verb {
         /// How often each is timed, 7 or more.
         #[arg(long, default_value_t = 9)]
         rounds: usize,
+        /// For scripts.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Random verbs of several controllers at once, with agents killed, the network cut and pools full, compared with a
+    /// model, in a lab of its own. That stays up when something is not as predicted.
+    Soak {
+        /// No new round begins after so many seconds.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// The same seed gives the same orders.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
         /// For scripts.
         #[arg(long)]
         json: bool,
@@ -153,6 +167,7 @@ async fn run(cli: &Cli) -> anyhow::Result<()> {
             anyhow::ensure!(results.within_limits(), "over the limits");
             Ok(())
         }
+        Verb::Soak { seconds, seed, json } => soak(Duration::from_secs(*seconds), *seed, *json).await,
         Verb::Save { state } => Lab::running(name).await?.save(state).await,
         Verb::Restore { state } => {
             let lab = Lab::running(name).await?;
@@ -162,6 +177,22 @@ async fn run(cli: &Cli) -> anyhow::Result<()> {
         }
         Verb::Clean => clean(),
     }
+}
+
+async fn soak(time: Duration, seed: u64, as_json: bool) -> anyhow::Result<()> {
+    let lab = Lab::up("soak", Options { fresh: true, owned: false }).await?;
+    let tether = Tether::install(&lab).await?;
+    let results = soak::run(&lab, &tether, soak::Length::Time(time), seed).await?;
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&results)?);
+    } else {
+        print!("{results}");
+    }
+    anyhow::ensure!(
+        results.mismatch.is_none(),
+        "not as predicted; the lab is left up: tests/lab --name soak ssh compute, and at last tests/lab --name soak down"
+    );
+    lab.down().await
 }
 
 /// Becomes ssh or scp, so that terminal, signals and exit code are theirs.

@@ -3,7 +3,7 @@
 use tether_proto::wire;
 use tonic::{Code, Status};
 
-use crate::{Fixture, attach_with, export, iscsi, new_id, reason, unexport};
+use crate::{Fixture, attach_with, export, iscsi, new_id, reason, text, unexport};
 
 /// All that a call could have left behind on the hosts.
 pub(crate) async fn traces(fixture: &Fixture) -> String {
@@ -222,6 +222,73 @@ async fn an_agent_refuses_a_config_with_an_unknown_key_or_a_missing_certificate(
         assert_eq!(output.exit_code, Some(64), "{change}: {output:?}");
         assert!(output.stderr.contains(words), "{change}: {}", output.stderr);
     }
+    // A certificate and a key that do not fit may be about to: that is another exit code, after which systemd tries again.
+    let key = fixture.lab.compute.run("cat /etc/tether/pki/compute.key").await.unwrap();
+    fixture.lab.storage.put(key, "/etc/tether/pki/other.key", 0o600).await.unwrap();
+    let other = "sed 's/storage.key/other.key/' /etc/tether/storage-agent.toml >/run/bad.toml; \
+                 tether-storage-agent --config /run/bad.toml; echo $?; \
+                 tether-storage-agent --config /run/bad.toml --check-config; echo $?";
+    let codes = fixture.lab.storage.run(other).await.unwrap();
+    assert_eq!(codes.split_whitespace().collect::<Vec<_>>(), ["1", "64"]);
     let open = "chmod 644 /etc/tether/pki/storage.key; tether-storage-agent --check-config; echo $?; chmod 600 /etc/tether/pki/storage.key";
     assert_eq!(fixture.lab.storage.run(open).await.unwrap().trim(), "64");
+}
+
+/// A file of the journal that cannot be read is set aside and named. What is known goes on; what it might be about is refused, by
+/// name, until somebody has seen to it.
+#[tokio::test]
+#[ignore = "lab"]
+async fn a_damaged_record_is_named_and_nothing_is_guessed_from_it() {
+    let fixture = Fixture::new().await;
+    for volume in ["thick/known", "thick/free"] {
+        fixture.volume(volume).await;
+    }
+    let known = text(&fixture.attach(&["thick/known", "c2"]).await, "/attachment_id").to_owned();
+    let lost = new_id();
+    let hosts =
+        [(&fixture.lab.storage, "storage", "exports"), (&fixture.lab.compute, "compute", "attachments")];
+    for (host, agent, folder) in hosts {
+        let folder = format!("/var/lib/tether/{agent}-agent/{folder}");
+        let damage = format!(
+            "printf '{{\"version\":1,\"rec' >{folder}/{lost}.json; echo notes >{folder}/notes.txt; mkdir {folder}/old; \
+             systemctl restart tether-{agent}-agent; cat {folder}/{lost}.json.damaged {folder}/notes.txt; \
+             journalctl -q -o cat -u tether-{agent}-agent -n 40 | grep -c '{lost}.json.damaged'"
+        );
+        let seen = host.run(&damage).await.expect("it starts all the same");
+        assert!(seen.starts_with("{\"version\":1,\"recnotes"), "nothing is thrown away: {seen}");
+    }
+    let refused = |arguments: Vec<String>| {
+        let fixture = &fixture;
+        async move {
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let (_, error) = fixture.tether.error(&arguments).await.unwrap();
+            assert_eq!(text(&error, "/reason"), "JOURNAL_FAILED", "{arguments:?}: {error:#}");
+            assert!(text(&error, "/message").contains(".json.damaged"), "{error:#}");
+        }
+    };
+    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    refused(words("attach thick/free c3")).await;
+    refused(words("volume delete thick/free")).await;
+    for ended in [
+        crate::crash::detach_rpc(&fixture, &new_id()).await.map(drop),
+        crate::crash::unexport_rpc(&fixture, &new_id()).await.map(drop),
+    ] {
+        let error = ended.expect_err("whether it is there is not known");
+        assert_eq!(reason(&error).0, "JOURNAL_FAILED", "{error:?}");
+    }
+    let findings = fixture.tether.output(&["doctor"]).await.unwrap();
+    assert!(findings.stdout.contains(&lost), "{}", findings.stdout);
+    // What is known is whole, and can end.
+    assert!(crate::share::attachment(&fixture, &known).await.connected);
+    for (host, agent, folder) in hosts {
+        let mend = format!(
+            "cd /var/lib/tether/{agent}-agent/{folder} && rm {lost}.json.damaged && rmdir old && \
+                            systemctl restart tether-{agent}-agent"
+        );
+        host.run(&mend).await.unwrap();
+    }
+    fixture.detach(&known).await;
+    let id = text(&fixture.attach(&["thick/free", "c3"]).await, "/attachment_id").to_owned();
+    fixture.detach(&id).await;
+    fixture.assert_nothing_left("at the end").await;
 }

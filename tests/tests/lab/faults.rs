@@ -1,11 +1,13 @@
-//! A failure at any step undoes everything (rule 8). The agents are built with `fault-injection`: a file says at which
-//! step, and whether before or after its effect, they fail.
+//! What a failure at any step means for those who look from outside (rule 8): what the `tether` command says and undoes, what a
+//! guest reads. The agents are built with `fault-injection`: a file says at which step, and whether before or after its
+//! effect, they fail. Not here: the table of all steps and verbs (`step_failures`).
 
 use serde_json::Value;
 use tether_proto::wire;
 use tether_tests::tether::FAULT_FILE;
 use tether_tests::{Disk, Guest, Host};
 
+use crate::matrix::moments;
 use crate::{Fixture, SEEN, leftovers, new_id, text};
 
 async fn plant(host: &Host, step: &str, moment: &str) {
@@ -36,7 +38,7 @@ async fn attach_failing(volume: &str) {
     for (host, steps) in &halves {
         assert!(steps.len() >= 4, "{steps:?}");
         for step in steps {
-            for moment in ["before", "after"] {
+            for moment in moments(step) {
                 plant(host, step, moment).await;
                 let id = new_id();
                 let (_, error) = fixture.tether.error(&["attach", volume, "c2", "--id", &id]).await.unwrap();
@@ -46,16 +48,23 @@ async fn attach_failing(volume: &str) {
                 assert!(text(&error, "/message").contains("planted fault"), "{when}: {error:#}");
                 // The command tells what it undid itself; a part that the agent could not undo would stand there, too.
                 let undo = error["undo"].as_str().unwrap_or("nothing is left");
-                assert!(
-                    undo.ends_with("nothing is left") && error["undo_error"].is_null(),
-                    "{when}: {error:#}"
-                );
+                assert!(undo.ends_with("nothing is left"), "{when}: {error:#}");
+                if step == "write-journal" && !error["undo_error"].is_null() {
+                    // The agent has nothing to undo, but the command spends the id, too: writing that down
+                    // fails as well while the fault is there, is told, and is finished by the detach it names.
+                    assert!(text(&error, "/undo_error/message").contains("planted fault"), "{error:#}");
+                    assert!(text(&error, "/next").ends_with(&format!("tether detach {id}")), "{error:#}");
+                    fixture.tether.json(&["detach", &id]).await.unwrap();
+                } else {
+                    assert!(error["undo_error"].is_null(), "{when}: {error:#}");
+                }
                 assert_eq!(leftovers(&fixture.lab).await, "", "{when}");
                 tried += 1;
             }
         }
     }
     println!("{tried} failures, each undone");
+    assert!(tried >= 2, "one at least on each host");
     assert_eq!(fixture.xml("c2", "--inactive").await, xml);
     assert!(fixture.lab.guest("c2").unwrap().disks().await.unwrap().is_empty());
     // And it was the faults: without one it works.
@@ -67,48 +76,6 @@ async fn attach_failing(volume: &str) {
 #[ignore = "lab"]
 async fn attach_failing_before_or_after_any_step_undoes_everything() {
     attach_failing("thick/undo").await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn attach_of_a_file_failing_before_or_after_any_step_undoes_everything() {
-    attach_failing("share/undo").await;
-}
-
-/// A detach that failed at any step goes on when it is called again, and ends with nothing left.
-async fn detach_failing(volume: &str) {
-    let fixture = Fixture::new().await;
-    fixture.volume(volume).await;
-    fixture.attach(&[volume, "c2"]).await;
-    let good = fixture.tether.json(&["detach", volume, "c2"]).await.unwrap();
-    let halves =
-        [(&fixture.lab.compute, steps(&good["detach"])), (&fixture.lab.storage, steps(&good["unexport"]))];
-    for (host, steps) in &halves {
-        assert!(steps.len() >= 3, "{steps:?}");
-        for step in steps {
-            for moment in ["before", "after"] {
-                let id = text(&fixture.attach(&[volume, "c2"]).await, "/attachment_id").to_owned();
-                plant(host, step, moment).await;
-                let (_, error) = fixture.tether.error(&["detach", &id]).await.unwrap();
-                mend(host).await;
-                assert!(text(&error, "/message").contains("planted fault"), "{moment} {step}: {error:#}");
-                fixture.tether.json(&["detach", &id]).await.unwrap();
-                assert_eq!(leftovers(&fixture.lab).await, "", "{moment} {step}");
-            }
-        }
-    }
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn detach_failing_before_or_after_any_step_is_finished_by_the_next_call() {
-    detach_failing("thick/again").await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn detach_of_a_file_failing_before_or_after_any_step_is_finished_by_the_next_call() {
-    detach_failing("share/again").await;
 }
 
 /// An undo that fails is told beside the cause, stays recorded, and is finished by a detach.
@@ -132,49 +99,12 @@ async fn an_undo_that_fails_is_told_beside_the_cause_and_finished_later() {
     }
 }
 
-/// A volume whose making fails is not there, and its space is given back.
-async fn create_failing(volume: &str, options: &[&str], room: &str) {
-    let fixture = Fixture::new().await;
-    let storage = &fixture.lab.storage;
-    let arguments: Vec<&str> = ["volume", "create", volume, "16M"].iter().chain(options).copied().collect();
-    let good = fixture.tether.json(&arguments).await.unwrap();
-    fixture.tether.json(&["volume", "delete", volume]).await.unwrap();
-    let before = storage.run(room).await.unwrap();
-    let steps = steps(&good["report"]);
-    assert!(steps.len() >= 3, "{steps:?}");
-    for step in &steps {
-        for moment in ["before", "after"] {
-            plant(storage, step, moment).await;
-            let (_, error) = fixture.tether.error(&arguments).await.unwrap();
-            mend(storage).await;
-            assert!(text(&error, "/message").contains("planted fault"), "{moment} {step}: {error:#}");
-            let after = storage.run(room).await.unwrap();
-            assert_eq!(after, before, "{moment} {step}");
-        }
-    }
-    fixture.tether.json(&arguments).await.expect("it was the faults");
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn create_failing_at_any_step_leaves_no_volume() {
-    create_failing("thick/never", &[], "vgs --noheadings -o vg_free --units b tether").await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn create_of_a_file_failing_at_any_step_leaves_no_file() {
-    let room = "ls -A /srv/share; du -s /srv/share; find /var/lib/tether/storage-agent -type f | sort";
-    create_failing("share/never", &["--provisioning", "thick"], room).await;
-    create_failing("share/never", &["--format", "qcow2"], room).await;
-}
-
 /// An extension that failed at any step goes on when it is called again, and meanwhile the volume is as it was: its data, and
-/// nothing of somebody else's (F5). A volume of which that is not sure is not exported.
-async fn extend_failing(volume: &str, options: &[&str]) {
+/// nothing of somebody else's, whatever size a guest sees (F5).
+async fn extend_failing(volume: &str) {
     let fixture = Fixture::new().await;
     let storage = &fixture.lab.storage;
-    let serial = text(&fixture.create(volume, "8M", options).await, "/serial").to_owned();
+    let serial = text(&fixture.create(volume, "8M", &[]).await, "/serial").to_owned();
     let known = fixture.tether.json(&["volume", "extend", volume, "12M"]).await.unwrap();
     let steps = steps(&known["report"]);
     assert!(steps.len() >= 3, "{steps:?}");
@@ -190,24 +120,24 @@ async fn extend_failing(volume: &str, options: &[&str]) {
     storage.run(dirty).await.unwrap();
     let mut size = 12;
     for step in &steps {
-        for moment in ["before", "after"] {
+        for moment in moments(step) {
             size += 4;
             let arguments = ["volume", "extend", volume, &format!("{size}M")];
             plant(storage, step, moment).await;
             let (_, error) = fixture.tether.error(&arguments).await.unwrap();
             assert!(text(&error, "/message").contains("planted fault"), "{moment} {step}: {error:#}");
             mend(storage).await;
-            let attach = fixture.tether.output(&["attach", volume, "c2"]).await.unwrap();
-            let attach: Value = serde_json::from_str(&attach.stdout).unwrap();
-            if attach["error"].is_null() {
-                let disk = fixture.sees("c2", &serial).await;
-                assert_eq!(guest.checksum(&disk, 12 << 20).await.unwrap(), sum, "{moment} {step}");
-                all_zero(&guest, &disk, 12 << 20, &format!("{moment} {step}")).await;
-                fixture.tether.json(&["detach", volume, "c2"]).await.unwrap();
-            } else {
-                assert_eq!(text(&attach, "/error/reason"), "EXTENSION_UNFINISHED", "{moment} {step}");
-                assert!(text(&attach, "/error/next").contains("extend"), "{moment} {step}: {attach:#}");
-            }
+            // Whoever has the LV open sees its size change at once: nothing of somebody else's is ever in it.
+            let old = format!(
+                "dd if=/dev/tether/{} bs=1M skip=12 iflag=direct status=none | tr -d '\\0' | wc -c",
+                volume.split_once('/').unwrap().1
+            );
+            assert_eq!(storage.run(&old).await.unwrap().trim(), "0", "{moment} {step}");
+            fixture.attach(&[volume, "c2"]).await;
+            let disk = fixture.sees("c2", &serial).await;
+            assert_eq!(guest.checksum(&disk, 12 << 20).await.unwrap(), sum, "{moment} {step}");
+            all_zero(&guest, &disk, 12 << 20, &format!("{moment} {step}")).await;
+            fixture.tether.json(&["detach", volume, "c2"]).await.unwrap();
             fixture.tether.json(&arguments).await.expect("the next call finishes it");
         }
     }
@@ -230,13 +160,7 @@ async fn all_zero(guest: &Guest, disk: &Disk, start: u64, when: &str) {
 #[tokio::test]
 #[ignore = "lab"]
 async fn f5_an_extension_failing_at_any_step_shows_no_old_data_and_is_finished_by_the_next_call() {
-    extend_failing("thick/longer", &[]).await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn an_extension_of_a_file_failing_at_any_step_is_finished_by_the_next_call() {
-    extend_failing("share/longer", &["--provisioning", "thick"]).await;
+    extend_failing("thick/longer").await;
 }
 
 /// Telling the guest fails at any step: it is told by the next call, and is none the worse.
@@ -269,7 +193,7 @@ async fn a_resize_failing_at_any_step_is_finished_by_the_next_call() {
             crate::share::steps(report.as_ref()).into_iter().map(str::to_owned).collect();
         assert!(steps.iter().any(|step| step == "resize-disk"), "{steps:?}");
         for step in &steps {
-            for moment in ["before", "after"] {
+            for moment in moments(step) {
                 size += 4 << 20;
                 extend(size).await;
                 plant(compute, step, moment).await;

@@ -52,38 +52,6 @@ async fn a_thick_volume_on_virtio_keeps_its_data_through_detach_and_attach_on_sc
     whole_flow("thick", "data-1", ("c2", "virtio"), ("c3", "scsi")).await;
 }
 
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_thin_volume_on_scsi_keeps_its_data_through_detach_and_attach_to_the_same_guest() {
-    whole_flow("thin", "data.2", ("c2", "scsi"), ("c2", "virtio")).await;
-}
-
-/// A shut-off domain gets the persistent part alone; the guest sees the disk once it runs.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_shut_off_domain_has_the_disk_when_it_starts() {
-    let fixture = Fixture::new().await;
-    let serial = text(&fixture.volume("thick/later").await, "/serial").to_owned();
-    fixture.lab.compute.run("virsh -q destroy c3").await.unwrap();
-    for bus in ["virtio", "scsi"] {
-        let attached = fixture.attach(&["thick/later", "c3", "--bus", bus]).await;
-        let id = text(&attached, "/attachment_id");
-        assert!(fixture.xml("c3", "--inactive").await.contains(id));
-        let shown = fixture.tether.json(&["show", id]).await.unwrap();
-        let attachment = &shown["attachment"];
-        assert_eq!(attachment["in_live_domain"], Value::Bool(false), "{shown:#}");
-        assert_eq!(attachment["in_persistent_definition"], Value::Bool(true), "{shown:#}");
-        if bus == "scsi" {
-            fixture.lab.compute.run_within("virsh -q start c3", Duration::from_secs(60)).await.unwrap();
-            fixture.lab.guest("c3").unwrap().wait_up(Duration::from_secs(120)).await.unwrap();
-            let disk = fixture.sees("c3", &serial).await;
-            assert_eq!(disk.size, 16 << 20);
-        }
-        fixture.tether.json(&["detach", id]).await.unwrap();
-        fixture.assert_nothing_left("after the detach").await;
-    }
-}
-
 /// F38: what we do not know in a domain's XML stays as it was, byte for byte.
 #[tokio::test]
 #[ignore = "lab"]
@@ -215,4 +183,41 @@ async fn f10_a_volume_group_inside_a_volume_stays_inside() {
     fixture.tether.json(&["detach", name, "c2"]).await.unwrap();
     fixture.tether.json(&["volume", "delete", name]).await.unwrap();
     fixture.assert_nothing_left("after the delete").await;
+}
+
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// A shut-off domain gets the persistent part alone; the guest sees the disk once it runs.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_shut_off_domain_has_the_disk_when_it_starts() {
+        let fixture = Fixture::new().await;
+        let serial = text(&fixture.volume("thick/later").await, "/serial").to_owned();
+        fixture.lab.compute.run("virsh -q destroy c3").await.unwrap();
+        for bus in ["virtio", "scsi"] {
+            let attached = fixture.attach(&["thick/later", "c3", "--bus", bus]).await;
+            let id = text(&attached, "/attachment_id");
+            assert!(fixture.xml("c3", "--inactive").await.contains(id));
+            let shown = fixture.tether.json(&["show", id]).await.unwrap();
+            let attachment = &shown["attachment"];
+            assert_eq!(attachment["in_live_domain"], Value::Bool(false), "{shown:#}");
+            assert_eq!(attachment["in_persistent_definition"], Value::Bool(true), "{shown:#}");
+            if bus == "scsi" {
+                fixture.lab.compute.run_within("virsh -q start c3", Duration::from_secs(60)).await.unwrap();
+                fixture.lab.guest("c3").unwrap().wait_up(Duration::from_secs(120)).await.unwrap();
+                let disk = fixture.sees("c3", &serial).await;
+                assert_eq!(disk.size, 16 << 20);
+            }
+            fixture.tether.json(&["detach", id]).await.unwrap();
+            fixture.assert_nothing_left("after the detach").await;
+        }
+    }
+
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_thin_volume_on_scsi_keeps_its_data_through_detach_and_attach_to_the_same_guest() {
+        whole_flow("thin", "data.2", ("c2", "scsi"), ("c2", "virtio")).await;
+    }
 }

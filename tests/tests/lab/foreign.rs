@@ -1,45 +1,17 @@
 //! What is not ours is not touched (rule 6, F16).
 
+use tether_tests::foreign::{self, THEIR_TARGET};
+
 use crate::{Fixture, attach_with, export, iscsi, text, unexport};
 
-const THEIR_TARGET: &str = "iqn.2020-01.com.example:theirs";
-
 /// A target, a session, a disk in a guest and a node record that somebody else made.
-async fn plant(fixture: &Fixture) {
-    let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
-    storage
-        .run(&format!(
-            "set -e; lvcreate -qy -Wy -L 16m -n foreign tether >/dev/null; T=/sys/kernel/config/target; \
-             mkdir -p $T/core/iblock_0/foreign; echo -n udev_path=/dev/tether/foreign >$T/core/iblock_0/foreign/control; \
-             echo -n /dev/tether/foreign >$T/core/iblock_0/foreign/udev_path; echo -n deadbeef >$T/core/iblock_0/foreign/wwn/vpd_unit_serial; \
-             echo 1 >$T/core/iblock_0/foreign/enable; G=$T/iscsi/{THEIR_TARGET}/tpgt_1; mkdir -p $G; \
-             echo 0 >$G/attrib/authentication; echo 1 >$G/attrib/generate_node_acls; echo 0 >$G/attrib/demo_mode_write_protect; \
-             mkdir $G/lun/lun_0; ln -s $T/core/iblock_0/foreign $G/lun/lun_0/theirs; mkdir $G/np/10.99.0.1:3260; echo 1 >$G/enable"
-        ))
-        .await
-        .unwrap();
-    compute
-        .run(&format!(
-            "set -e; iscsiadm -m node -T {THEIR_TARGET} -p 10.99.0.1:3260 -o new >/dev/null; \
-             iscsiadm -m node -T {THEIR_TARGET} -p 10.99.0.1:3260 --login >/dev/null; udevadm settle; \
-             virsh -q attach-disk c2 /dev/disk/by-path/ip-10.99.0.1:3260-iscsi-{THEIR_TARGET}-lun-0 vdz --live --config --serial theirs"
-        ))
-        .await
-        .unwrap();
+pub(crate) async fn plant(fixture: &Fixture) {
+    foreign::plant(&fixture.lab).await.unwrap();
 }
 
 /// All that can be seen of it.
-async fn seen(fixture: &Fixture) -> (String, String) {
-    let storage = format!(
-        "cd /sys/kernel/config/target; find iscsi/{THEIR_TARGET} core/iblock_0/foreign | sort; cat iscsi/{THEIR_TARGET}/tpgt_1/enable"
-    );
-    let compute = format!(
-        "cd /sys/class/iscsi_session; for s in *; do grep -qx {THEIR_TARGET} $s/targetname && echo $s $(cat $s/state); done; \
-         find /etc/iscsi/nodes/{THEIR_TARGET} -type f | xargs cat; virsh -q domblklist c2 | grep vdz; virsh -q domblklist --inactive c2 | grep vdz"
-    );
-    let (storage, compute) =
-        tokio::join!(fixture.lab.storage.run(&storage), fixture.lab.compute.run(&compute));
-    (storage.unwrap(), compute.unwrap())
+pub(crate) async fn seen(fixture: &Fixture) -> (String, String) {
+    foreign::seen(&fixture.lab).await.unwrap()
 }
 
 /// F16: through an attach, a failed attach and a detach beside it, somebody else's things stay as they were.
@@ -72,6 +44,62 @@ async fn f16_a_foreign_target_session_disk_and_record_are_untouched() {
     assert_eq!(seen(&fixture).await, before, "after a detach");
     let disk = fixture.sees("c2", "theirs").await;
     fixture.lab.guest("c2").unwrap().write(&disk, "still-works", 1 << 20).await.unwrap();
+}
+
+/// `list --all`: what is on both hosts, and whose it is. What nobody can tell is an orphan, and stays through a reconcile.
+#[tokio::test]
+#[ignore = "lab"]
+async fn f16_all_objects_are_listed_as_owned_foreign_or_orphaned_and_orphans_stay() {
+    let fixture = Fixture::new().await;
+    plant(&fixture).await;
+    let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
+    for volume in ["thick/ours", "share/ours"] {
+        fixture.volume(volume).await;
+        fixture.attach(&[volume, "c3"]).await;
+    }
+    let orphan = format!("{}:{}", tether_tests::tether::IQN_PREFIX, crate::new_id());
+    storage.run(&format!("mkdir -p /sys/kernel/config/target/iscsi/{orphan}/tpgt_1")).await.unwrap();
+    compute.run(&format!("mkdir -p /etc/iscsi/nodes/{orphan}/10.99.0.1,3260,1")).await.unwrap();
+    let objects = || async {
+        let listed = fixture.tether.json(&["list", "--all"]).await.unwrap();
+        let objects = listed["objects"].as_array().expect("objects").clone();
+        let cells = ["host", "kind", "ownership", "name"];
+        let lines: Vec<String> = objects
+            .iter()
+            .map(|object| cells.map(|cell| text(object, &format!("/{cell}")).to_owned()).join(" "))
+            .collect();
+        lines
+    };
+    let listed = objects().await;
+    for wanted in [
+        format!("storage target foreign {THEIR_TARGET}"),
+        format!("storage target orphaned {orphan}"),
+        "storage backstore foreign iblock_0/foreign".to_owned(),
+        format!("compute session foreign {THEIR_TARGET}"),
+        format!("compute node-record foreign {THEIR_TARGET}"),
+        format!("compute node-record orphaned {orphan}"),
+    ] {
+        assert!(listed.contains(&wanted), "{wanted}: {listed:#?}");
+    }
+    for (owned, times) in [
+        ("storage target owned", 1),
+        ("storage backstore owned", 1),
+        ("storage share owned", 2),
+        ("compute session owned", 1),
+        ("compute node-record owned", 1),
+        ("compute mount owned", 1),
+        ("compute disk owned", 2),
+    ] {
+        let found = listed.iter().filter(|line| line.starts_with(owned)).count();
+        assert_eq!(found, times, "{owned}: {listed:#?}");
+    }
+    fixture.tether.json(&["reconcile"]).await.unwrap();
+    assert_eq!(objects().await, listed, "a reconcile touches none of them");
+    storage
+        .run(&format!("cd /sys/kernel/config/target/iscsi && rmdir {orphan}/tpgt_1 {orphan}"))
+        .await
+        .unwrap();
+    compute.run(&format!("rm -r /etc/iscsi/nodes/{orphan}")).await.unwrap();
 }
 
 /// A target under our name that the journal does not know is refused and left alone.

@@ -1,7 +1,8 @@
 //! The lab tier: what only real kernels, a real libvirt and a real guest can show. Run by `tests/run lab`, one test at a
 //! time; each starts from the saved state with freshly installed agents.
 //!
-//! Tests are named by what holds, with the row of failures that they answer (F1 …). Here: what all of them share.
+//! Tests are named by what holds, with the row of failures that they answer (F1 …). Modules `long` hold what `tests/run long`
+//! alone tries. Here: what all of them share.
 
 #![expect(
     clippy::unwrap_used,
@@ -11,32 +12,51 @@
 )]
 
 mod bad_input;
+mod crash;
+mod doctor;
 mod extend;
 mod faults;
 mod flow;
+mod force;
 mod foreign;
 mod guests;
 mod identity;
+mod many_exports;
+mod matrix;
+mod network;
 mod nfs_access;
 mod nfs_bad_input;
+mod nfs_exclusive;
 mod nfs_flow;
 mod nfs_identity;
+mod nfs_lost;
 mod nfs_mounts;
 mod nfs_pool;
 mod nfs_server;
+mod packages;
 mod parallel;
 mod portals;
+mod reboots;
+mod reconcile;
+mod recovery;
 mod repetition;
 mod security;
 mod share;
+mod shared;
+mod soak;
+mod step_failures;
+mod stop;
+mod stuck;
 mod surface;
+mod watch;
 
 use std::time::Duration;
 
 use serde_json::Value;
 use tether_proto::wire;
-use tether_tests::tether::{IQN_PREFIX, MOUNTS, SHARE};
-use tether_tests::{Disk, Host, Lab, Options, Tether};
+use tether_tests::progress::say;
+use tether_tests::{Disk, Host, Lab, Options, Tether, lost};
+use tokio::runtime::Runtime;
 use tonic::Status;
 use tonic_types::StatusExt;
 
@@ -50,9 +70,10 @@ pub(crate) struct Fixture {
 }
 
 impl Fixture {
-    /// The lab `tests` in its saved state, agents running and nothing attached.
+    /// The lab `tests`, or the one that `TETHER_LAB_NAME` says, in its saved state, agents running and nothing attached.
     pub(crate) async fn new() -> Self {
-        let lab = Lab::up("tests", Options::default()).await.expect("the lab comes up");
+        let name = std::env::var("TETHER_LAB_NAME").unwrap_or_else(|_| "tests".to_owned());
+        let lab = Lab::up(&name, Options::default()).await.expect("the lab comes up");
         let tether = Tether::install(&lab).await.expect("the agents are installed");
         Self { lab, tether }
     }
@@ -96,26 +117,38 @@ impl Fixture {
     }
 }
 
-/// What of ours is on the hosts: target, backstore, line of a shared directory and its file; session, node record, SCSI
-/// disk, mount, its directory, process, domain XML. Nothing here touches a mount: it may be dead.
+/// A test that fails tells whether a host was lost: then it is the lab that is to be looked at first.
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        // A thread of its own, since this one may be a runtime's.
+        let lost = std::thread::scope(|scope| {
+            let look = || Runtime::new().map(|runtime| runtime.block_on(lost::hosts(&self.lab)));
+            scope.spawn(look).join()
+        });
+        say(match lost {
+            Ok(Ok(seen)) if seen.is_empty() => "both hosts answer".to_owned(),
+            Ok(Ok(seen)) => seen,
+            other => format!("whether both hosts answer could not be asked: {other:?}"),
+        });
+    }
+}
+
+/// What of ours is on both hosts, see [`tether_tests::leftovers`].
 pub(crate) async fn leftovers(lab: &Lab) -> String {
-    let storage = format!(
-        "ls -d /sys/kernel/config/target/iscsi/{IQN_PREFIX}* \
-         /sys/kernel/config/target/core/iblock_7440/tether-* /etc/exports.d/tether-* 2>/dev/null; \
-         grep '^{SHARE}[[:space:]]' /var/lib/nfs/etab; true"
-    );
-    let compute = format!(
-        "grep -l {IQN_PREFIX} /sys/class/iscsi_session/*/targetname 2>/dev/null; \
-         ls -d /etc/iscsi/nodes/{IQN_PREFIX}* 2>/dev/null; ls /dev/disk/by-id 2>/dev/null | grep wwn-0x6001405; \
-         grep ' {MOUNTS}/' /proc/self/mountinfo; shopt -s nullglob dotglob; printf '%s\\n' {MOUNTS}/*; \
-         agent=$(systemctl show -P MainPID tether-compute-agent); \
-         for process in $(cat /sys/fs/cgroup/system.slice/tether-compute-agent.service/cgroup.procs); do \
-         [ $process = $agent ] || echo process $process $(tr '\\0' ' ' </proc/$process/cmdline); done; \
-         virsh -q \"$(for d in c2 c3 empty; do echo \"dumpxml $d; dumpxml --inactive $d;\"; done)\" | grep ua-tether; \
-         true"
-    );
-    let (storage, compute) = tokio::join!(lab.storage.run(&storage), lab.compute.run(&compute));
-    format!("{}{}", storage.unwrap(), compute.unwrap()).trim().to_owned()
+    tether_tests::leftovers::on_both(lab).await.unwrap()
+}
+
+/// The storage host's part of [`leftovers`].
+pub(crate) async fn left_on_storage(lab: &Lab) -> String {
+    tether_tests::leftovers::on_storage(lab).await.unwrap()
+}
+
+/// The compute host's part of [`leftovers`].
+pub(crate) async fn left_on_compute(lab: &Lab) -> String {
+    tether_tests::leftovers::on_compute(lab).await.unwrap()
 }
 
 /// A text of the JSON, or a failure that shows all of it.
@@ -161,21 +194,40 @@ pub(crate) fn new_id() -> String {
     uuid::Uuid::new_v4().to_string()
 }
 
-/// A connector as the compute agent tells it, and the export of a volume to it under a new id.
+/// The export of a volume to the compute host under a new id.
 pub(crate) async fn export(fixture: &Fixture, volume: &str) -> (String, wire::ConnectionInfo) {
     let connector = fixture.tether.compute().await.unwrap().get_connector(wire::GetConnectorRequest {}).await;
+    let connector = connector.unwrap().into_inner();
+    export_to(fixture, volume, connector, wire::AccessMode::ReadWrite).await.expect("the volume is exported")
+}
+
+/// The export of a volume to a connector under a new id.
+pub(crate) async fn export_to(
+    fixture: &Fixture,
+    volume: &str,
+    connector: wire::Connector,
+    mode: wire::AccessMode,
+) -> Result<(String, wire::ConnectionInfo), Status> {
     let (pool, volume) = volume.split_once('/').unwrap();
     let id = new_id();
     let request = wire::ExportRequest {
         attachment_id: id.clone(),
         pool: pool.to_owned(),
         volume: volume.to_owned(),
-        connector: Some(connector.unwrap().into_inner()),
-        access_mode: wire::AccessMode::ReadWrite.into(),
+        connector: Some(connector),
+        access_mode: mode.into(),
     };
-    let response =
-        fixture.tether.storage().await.unwrap().export(request).await.expect("the volume is exported");
-    (id, response.into_inner().connection_info.unwrap())
+    let response = fixture.tether.storage().await.unwrap().export(request).await?;
+    Ok((id, response.into_inner().connection_info.unwrap()))
+}
+
+/// Makes thin LVs `NAME-0` and so on, of 4 MiB. Any LV can be exported, and LVM alone is quicker than the agent, which also verifies.
+pub(crate) async fn make_volumes(storage: &Host, name: &str, count: u32) {
+    let command = format!(
+        "for n in $(seq 0 {}); do lvcreate -qq --virtualsize 4m --thinpool tether/thinpool --name {name}-$n; done",
+        count - 1
+    );
+    storage.run_within(&command, Duration::from_secs(120)).await.unwrap();
 }
 
 /// Attaches with connection info that the test may have changed.
@@ -194,6 +246,12 @@ pub(crate) async fn attach_with(
     Ok(fixture.tether.compute().await.unwrap().attach(request).await?.into_inner())
 }
 
+/// Unexports though the host may still use it.
+pub(crate) async fn unexport_by_force(fixture: &Fixture, id: &str) -> Result<wire::UnexportResponse, Status> {
+    let request = wire::UnexportRequest { attachment_id: id.to_owned(), force: true };
+    Ok(fixture.tether.storage().await.unwrap().unexport(request).await?.into_inner())
+}
+
 /// The iSCSI part of connection info.
 pub(crate) fn iscsi(info: &mut wire::ConnectionInfo) -> &mut wire::IscsiConnection {
     match info.transport.as_mut() {
@@ -204,6 +262,6 @@ pub(crate) fn iscsi(info: &mut wire::ConnectionInfo) -> &mut wire::IscsiConnecti
 
 /// Unexports.
 pub(crate) async fn unexport(fixture: &Fixture, id: &str) {
-    let request = wire::UnexportRequest { attachment_id: id.to_owned() };
+    let request = wire::UnexportRequest { attachment_id: id.to_owned(), ..Default::default() };
     fixture.tether.storage().await.unwrap().unexport(request).await.expect("the export is removed");
 }

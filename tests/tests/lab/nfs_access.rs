@@ -1,5 +1,7 @@
 //! Who may reach a shared directory, and as whom (rules 6 and 12, F16, F47).
 
+use std::time::Duration;
+
 use tether_proto::wire;
 use tether_tests::tether::SHARE;
 
@@ -66,6 +68,38 @@ async fn f47_only_the_clients_own_addresses_can_mount_and_only_while_it_has_an_e
     assert_eq!(refused.exit_code, Some(32), "mount(8): {refused:?}");
 }
 
+/// A hypervisor that has another address now is shut out, until the same attach is called again: that lets the new address in,
+/// shuts the old one out, and the guest goes on.
+#[tokio::test]
+#[ignore = "lab"]
+async fn a_hypervisor_that_has_another_address_now_is_let_in_by_the_same_attach() {
+    let fixture = Fixture::new().await;
+    let serial = text(&fixture.volume("share/moved").await, "/serial").to_owned();
+    let id = text(&fixture.attach(&["share/moved", "c2"]).await, "/attachment_id").to_owned();
+    let disk = fixture.sees("c2", &serial).await;
+    let guest = fixture.lab.guest("c2").unwrap();
+    guest.write(&disk, "before", 1 << 20).await.unwrap();
+    let move_away = "ip address del 10.99.0.2/24 dev eth1 && ip address add 10.99.0.3/24 dev eth1 && \
+                     ip -6 address del fd99::2/64 dev eth1 && ip -6 address add fd99::3/64 dev eth1 nodad && \
+                     ss -K dport = 2049 >/dev/null";
+    fixture.lab.compute.run(move_away).await.unwrap();
+    let clients = |lines: &str| -> Vec<String> {
+        lines.lines().filter_map(|line| line.split(['\t', '(']).nth(1).map(str::to_owned)).collect()
+    };
+    assert_eq!(clients(&shared_with(&fixture).await), ["10.99.0.2/32", "fd99::2/128"]);
+    let again = fixture.attach(&["share/moved", "c2", "--id", &id]).await;
+    assert_eq!(clients(&shared_with(&fixture).await), ["10.99.0.3/32", "fd99::3/128"], "{again:#}");
+    let write = format!("write {} after {}", disk.name, 1 << 20);
+    guest.command_within(&write, Duration::from_secs(90)).await.expect("the guest goes on");
+    // What the agent has in its journal is what is there now.
+    fixture.lab.storage.run("systemctl restart tether-storage-agent").await.unwrap();
+    let told = fixture.tether.json(&["reconcile"]).await.unwrap();
+    assert_eq!(told["items"].as_array().map(Vec::len), Some(0), "{told:#}");
+    assert_eq!(clients(&shared_with(&fixture).await), ["10.99.0.3/32", "fd99::3/128"]);
+    fixture.detach(&id).await;
+    fixture.assert_nothing_left("after the detach").await;
+}
+
 /// Root on a hypervisor is nobody on the share: it lists nothing, makes nothing, gives nothing away, and reads no file that
 /// is not the pool's.
 #[tokio::test]
@@ -110,7 +144,7 @@ async fn root_on_the_hypervisor_is_nobody_on_the_share() {
 }
 
 /// The lines of other directories, and of this one that are not the client's.
-async fn foreign_lines(fixture: &Fixture) -> String {
+pub(crate) async fn foreign_lines(fixture: &Fixture) -> String {
     let command = "cat /etc/exports.d/foreign.exports; \
                    grep -vE '^/srv/share[[:space:]](10.99.0.2/32|fd99::2/128)\\(' /var/lib/nfs/etab | sort";
     fixture.lab.storage.run(command).await.unwrap()

@@ -83,12 +83,6 @@ async fn a_raw_file_on_virtio_keeps_its_data_through_detach_and_attach_on_scsi()
     whole_flow("raw", &["--provisioning", "thick"], ("c2", "virtio"), ("c3", "scsi")).await;
 }
 
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_qcow2_file_on_scsi_keeps_its_data_through_detach_and_attach_to_the_same_guest() {
-    whole_flow("qcow2", &["--format", "qcow2"], ("c2", "scsi"), ("c2", "virtio")).await;
-}
-
 /// F19: shut-off domains count. Their mount stays though nothing uses it, also when a running domain gives up its own
 /// disk and the agent is restarted; and the guests see their disks once they run.
 #[tokio::test]
@@ -238,30 +232,41 @@ async fn f40_the_whole_flow_of_a_file_over_ipv6_alone() {
     fixture.assert_nothing_left("after the detach").await;
 }
 
-/// F11: both agents are killed with a mount in use. The guest notices nothing, the next attach uses the same mount, and all
-/// goes at the end: the helpers of the killed agent, too.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f11_killed_agents_find_their_share_and_mount_again() {
-    let fixture = Fixture::new().await;
-    let serial = text(&fixture.volume("share/before").await, "/serial").to_owned();
-    fixture.volume("share/after").await;
-    let first = text(&fixture.attach(&["share/before", "c2"]).await, "/attachment_id").to_owned();
-    let (mounted, shared) = (mounts(&fixture).await, shared_with(&fixture).await);
-    for host in [&fixture.lab.storage, &fixture.lab.compute] {
-        // The agent alone: what it started lives on.
-        let unit = format!("tether-{}-agent", host.name);
-        let kill = format!("kill -KILL $(systemctl show -P MainPID {unit}); systemctl restart {unit}");
-        host.run(&kill).await.unwrap();
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// F11: both agents are killed with a mount in use. The guest notices nothing, the next attach uses the same mount, and all
+    /// goes at the end: the helpers of the killed agent, too.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f11_killed_agents_find_their_share_and_mount_again() {
+        let fixture = Fixture::new().await;
+        let serial = text(&fixture.volume("share/before").await, "/serial").to_owned();
+        fixture.volume("share/after").await;
+        let first = text(&fixture.attach(&["share/before", "c2"]).await, "/attachment_id").to_owned();
+        let (mounted, shared) = (mounts(&fixture).await, shared_with(&fixture).await);
+        for host in [&fixture.lab.storage, &fixture.lab.compute] {
+            // The agent alone: what it started lives on.
+            let unit = format!("tether-{}-agent", host.name);
+            let kill = format!("kill -KILL $(systemctl show -P MainPID {unit}); systemctl restart {unit}");
+            host.run(&kill).await.unwrap();
+        }
+        assert_eq!(shared_with(&fixture).await, shared);
+        let disk = fixture.sees("c2", &serial).await;
+        fixture.lab.guest("c2").unwrap().write(&disk, "restarted", 1 << 20).await.unwrap();
+        let second = fixture.attach(&["share/after", "c3"]).await;
+        assert!(!second["attach"].to_string().contains("\"mount-share\""), "{second:#}");
+        assert_eq!(mounts(&fixture).await, mounted);
+        fixture.detach(&first).await;
+        assert_eq!(mounts(&fixture).await, mounted);
+        fixture.detach(text(&second, "/attachment_id")).await;
+        fixture.assert_nothing_left("after both").await;
     }
-    assert_eq!(shared_with(&fixture).await, shared);
-    let disk = fixture.sees("c2", &serial).await;
-    fixture.lab.guest("c2").unwrap().write(&disk, "restarted", 1 << 20).await.unwrap();
-    let second = fixture.attach(&["share/after", "c3"]).await;
-    assert!(!second["attach"].to_string().contains("\"mount-share\""), "{second:#}");
-    assert_eq!(mounts(&fixture).await, mounted);
-    fixture.detach(&first).await;
-    assert_eq!(mounts(&fixture).await, mounted);
-    fixture.detach(text(&second, "/attachment_id")).await;
-    fixture.assert_nothing_left("after both").await;
+
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_qcow2_file_on_scsi_keeps_its_data_through_detach_and_attach_to_the_same_guest() {
+        whole_flow("qcow2", &["--format", "qcow2"], ("c2", "scsi"), ("c2", "virtio")).await;
+    }
 }

@@ -53,6 +53,15 @@ async fn f1_a_file_that_was_replaced_between_export_and_attach_is_refused() {
     storage.run(&format!("truncate -s 16M {SHARE}/other.raw")).await.unwrap();
     assert_eq!(leftovers(&fixture.lab).await, "");
 
+    // The very file, and in it a smaller disk.
+    fixture.create("share/layered", "16M", &["--format", "qcow2"]).await;
+    let (id, info) = export(&fixture, "share/layered").await;
+    let smaller =
+        format!("cd {SHARE} && qemu-img create -q -f qcow2 /run/small 8M && cat /run/small >layered.qcow2");
+    storage.run(&smaller).await.unwrap();
+    refused(&fixture, "a smaller disk in the same qcow2 file", &id, info).await;
+    assert_eq!(leftovers(&fixture.lab).await, "");
+
     // The client has just used the file, and remembers its attributes.
     fixture.volume("share/first").await;
     let first = text(&fixture.attach(&["share/first", "c3"]).await, "/attachment_id").to_owned();

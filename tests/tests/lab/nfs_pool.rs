@@ -73,57 +73,6 @@ async fn pools_tell_the_room_that_the_kernel_tells() {
     );
 }
 
-/// A full share: an allocated volume is refused and leaves nothing; a guest that needs more room than there is pauses, alone,
-/// and goes on when there is room again.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_full_share_refuses_a_thick_volume_and_pauses_only_the_guest_that_needs_room() {
-    let fixture = Fixture::new().await;
-    let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
-    let thick = fixture.create("share/thick", "16M", &["--provisioning", "thick"]).await;
-    let thin = fixture.create("share/thin", "64M", &["--provisioning", "thin"]).await;
-    let ids = [
-        text(&fixture.attach(&["share/thin", "c2"]).await, "/attachment_id").to_owned(),
-        text(&fixture.attach(&["share/thick", "c3"]).await, "/attachment_id").to_owned(),
-    ];
-    let (needs, has) = (fixture.lab.guest("c2").unwrap(), fixture.lab.guest("c3").unwrap());
-    let disk = fixture.sees("c2", text(&thin, "/serial")).await;
-    let other = fixture.sees("c3", text(&thick, "/serial")).await;
-    fill(&fixture, "(24 << 20)").await;
-
-    let listing = format!("ls -la --time-style=+ {SHARE}; find /var/lib/tether/storage-agent | sort");
-    let before = storage.run(&listing).await.unwrap();
-    let arguments = ["volume", "create", "share/too-much", "256M", "--provisioning", "thick"];
-    let (code, error) = fixture.tether.error(&arguments).await.unwrap();
-    assert_eq!((text(&error, "/reason"), code), ("POOL_FULL", 8), "{error:#}");
-    let (code, error) = fixture.tether.error(&["volume", "extend", "share/thick", "512M"]).await.unwrap();
-    assert_eq!((text(&error, "/reason"), code), ("POOL_FULL", 8), "{error:#}");
-    assert_eq!(storage.run(&listing).await.unwrap(), before, "nothing is left");
-    assert_eq!(known(&fixture, "share", "thick").await.size_bytes, 16 << 20);
-
-    let command = format!("write {} full {}", disk.name, 48 << 20);
-    let writing = needs.command_within(&command, Duration::from_secs(150));
-    let making_room = async {
-        compute
-            .run("until virsh domstate c2 --reason | grep 'paused (I/O error)'; do sleep 0.2; done")
-            .await
-            .unwrap();
-        assert!(compute.run("virsh domblkerror c2").await.unwrap().contains("no space"));
-        has.write(&other, "has-room", 8 << 20).await.expect("the allocated volume has its room");
-        assert_eq!(compute.run("virsh domstate c3").await.unwrap().trim(), "running");
-        storage.run(&format!("rm {SHARE}/filler")).await.unwrap();
-        compute.run("virsh -q resume c2").await.unwrap();
-    };
-    let (written, ()) = tokio::join!(writing, making_room);
-    written.expect("the guest's write ends well");
-    let sum = needs.checksum(&disk, 48 << 20).await.unwrap();
-    for id in &ids {
-        fixture.detach(id).await;
-    }
-    assert_eq!(checksum_of(storage, &format!("{SHARE}/thin.raw"), 0, 48 << 20).await, sum);
-    fixture.assert_nothing_left("after both").await;
-}
-
 /// A directory that is not mounted, read-only, or open to others is no pool, whether the agent saw it go or finds it so at its
 /// start; nothing is written to what lies under it; and it is one again when it is mended.
 #[tokio::test]
@@ -201,6 +150,7 @@ async fn a_symlink_or_file_of_somebody_else_in_the_pool_is_refused_and_untouched
             size_bytes: 1 << 20,
             format: format.into(),
             provisioning: wire::Provisioning::Unspecified.into(),
+            multi_attach: false,
         };
         let refused = client.create_volume(request).await.expect_err(volume);
         let (reason, step, next) = reason(&refused);
@@ -248,4 +198,60 @@ async fn a_link_in_the_place_of_a_file_in_use_leads_nobody_astray() {
     assert!(file_facts(&fixture, "used.raw").await.starts_with("600 64055 64055 1 "));
     let id = text(&fixture.attach(&["share/used", "c3"]).await, "/attachment_id").to_owned();
     fixture.detach(&id).await;
+}
+
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// A full share: an allocated volume is refused and leaves nothing; a guest that needs more room than there is pauses, alone,
+    /// and goes on when there is room again.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_full_share_refuses_a_thick_volume_and_pauses_only_the_guest_that_needs_room() {
+        let fixture = Fixture::new().await;
+        let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
+        let thick = fixture.create("share/thick", "16M", &["--provisioning", "thick"]).await;
+        let thin = fixture.create("share/thin", "64M", &["--provisioning", "thin"]).await;
+        let ids = [
+            text(&fixture.attach(&["share/thin", "c2"]).await, "/attachment_id").to_owned(),
+            text(&fixture.attach(&["share/thick", "c3"]).await, "/attachment_id").to_owned(),
+        ];
+        let (needs, has) = (fixture.lab.guest("c2").unwrap(), fixture.lab.guest("c3").unwrap());
+        let disk = fixture.sees("c2", text(&thin, "/serial")).await;
+        let other = fixture.sees("c3", text(&thick, "/serial")).await;
+        fill(&fixture, "(24 << 20)").await;
+
+        let listing = format!("ls -la --time-style=+ {SHARE}; find /var/lib/tether/storage-agent | sort");
+        let before = storage.run(&listing).await.unwrap();
+        let arguments = ["volume", "create", "share/too-much", "256M", "--provisioning", "thick"];
+        let (code, error) = fixture.tether.error(&arguments).await.unwrap();
+        assert_eq!((text(&error, "/reason"), code), ("POOL_FULL", 8), "{error:#}");
+        let (code, error) = fixture.tether.error(&["volume", "extend", "share/thick", "512M"]).await.unwrap();
+        assert_eq!((text(&error, "/reason"), code), ("POOL_FULL", 8), "{error:#}");
+        assert_eq!(storage.run(&listing).await.unwrap(), before, "nothing is left");
+        assert_eq!(known(&fixture, "share", "thick").await.size_bytes, 16 << 20);
+
+        let command = format!("write {} full {}", disk.name, 48 << 20);
+        let writing = needs.command_within(&command, Duration::from_secs(150));
+        let making_room = async {
+            compute
+                .run("until virsh domstate c2 --reason | grep 'paused (I/O error)'; do sleep 0.2; done")
+                .await
+                .unwrap();
+            assert!(compute.run("virsh domblkerror c2").await.unwrap().contains("no space"));
+            has.write(&other, "has-room", 8 << 20).await.expect("the allocated volume has its room");
+            assert_eq!(compute.run("virsh domstate c3").await.unwrap().trim(), "running");
+            storage.run(&format!("rm {SHARE}/filler")).await.unwrap();
+            compute.run("virsh -q resume c2").await.unwrap();
+        };
+        let (written, ()) = tokio::join!(writing, making_room);
+        written.expect("the guest's write ends well");
+        let sum = needs.checksum(&disk, 48 << 20).await.unwrap();
+        for id in &ids {
+            fixture.detach(id).await;
+        }
+        assert_eq!(checksum_of(storage, &format!("{SHARE}/thin.raw"), 0, 48 << 20).await, sum);
+        fixture.assert_nothing_left("after both").await;
+    }
 }

@@ -5,59 +5,48 @@ use std::time::Instant;
 use crate::share::mounts;
 use crate::{Fixture, text};
 
-/// Eight attachments at once, spread over the given domains; all are seen, all differ, and all go at once.
-async fn eight_at_once(pool: &str, domains: &[&str]) {
+/// F37: many attachments at once, of every kind to both domains; all are seen, all differ, and all go at once.
+#[tokio::test]
+#[ignore = "lab"]
+async fn f37_sixteen_attachments_at_once_over_both_transports_to_two_domains() {
+    let (count, pools, domains) = (16, ["thin", "share"], ["c2", "c3"]);
     let fixture = Fixture::new().await;
-    let mut serials = Vec::new();
-    for index in 0..8 {
-        serials.push(text(&fixture.volume(&format!("{pool}/p{index}")).await, "/serial").to_owned());
-    }
     let domain = |index: usize| domains[index % domains.len()];
+    // Every domain has disks of every pool.
+    let pool = |index: usize| pools[index / domains.len() % pools.len()];
+    let volume = |index: usize| format!("{}/p-{index}", pool(index));
+    crate::make_volumes(&fixture.lab.storage, "p", 16).await;
+    for index in 0..count {
+        if pool(index) == "share" {
+            fixture.volume(&volume(index)).await;
+        }
+    }
     let began = Instant::now();
     let mut tasks = tokio::task::JoinSet::new();
-    for index in 0..8 {
-        let (tether, domain) = (fixture.tether.clone(), domain(index).to_owned());
-        let volume = format!("{pool}/p{index}");
-        let bus = if index < 4 { "virtio" } else { "scsi" };
-        tasks.spawn(async move { tether.json(&["attach", &volume, &domain, "--bus", bus]).await.unwrap() });
+    for index in 0..count {
+        let (tether, domain, volume) = (fixture.tether.clone(), domain(index).to_owned(), volume(index));
+        let bus = if index < count / 2 { "virtio" } else { "scsi" };
+        tasks.spawn(async move {
+            let attached = tether.json(&["attach", &volume, &domain, "--bus", bus]).await.unwrap();
+            (domain, attached)
+        });
     }
     let attached = tasks.join_all().await;
-    println!("8 attachments of {pool} at once to {domains:?}: {:?}", began.elapsed());
-    for (index, serial) in serials.iter().enumerate() {
-        fixture.sees(domain(index), serial).await;
+    println!("{count} attachments at once: {:?}", began.elapsed());
+    for (domain, attachment) in &attached {
+        fixture.sees(domain, text(attachment, "/attachment/serial")).await;
     }
-    if pool == "share" {
-        let mounted = mounts(&fixture).await;
-        assert_eq!(mounted.lines().count(), 1, "F46: one mount for all: {mounted}");
-    } else {
-        let sessions = fixture.lab.compute.run("ls /sys/class/iscsi_session | wc -l").await.unwrap();
-        assert_eq!(sessions.trim(), "8", "F33: one session each");
-    }
+    let mounted = mounts(&fixture).await;
+    assert_eq!(mounted.lines().count(), 1, "F46: one mount for all files: {mounted}");
+    let sessions = fixture.lab.compute.run("ls /sys/class/iscsi_session | wc -l").await.unwrap();
+    assert_eq!(sessions.trim(), (count / pools.len()).to_string(), "F33: one session for each LV");
     let mut tasks = tokio::task::JoinSet::new();
-    for attachment in &attached {
+    for (_, attachment) in &attached {
         let (tether, id) = (fixture.tether.clone(), text(attachment, "/attachment_id").to_owned());
         tasks.spawn(async move { tether.json(&["detach", &id]).await.unwrap() });
     }
     tasks.join_all().await;
     fixture.assert_nothing_left("after all").await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn f37_eight_attachments_at_once_to_one_domain() {
-    eight_at_once("thin", &["c2"]).await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn f37_eight_attachments_at_once_to_two_domains() {
-    eight_at_once("thin", &["c2", "c3"]).await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn f46_eight_files_at_once_to_two_domains_have_one_mount() {
-    eight_at_once("share", &["c2", "c3"]).await;
 }
 
 /// F19: an attach that comes while the last detach of the share is on its way keeps its mount, or gets a new one.

@@ -62,14 +62,14 @@ async fn every_verb_twice(pool: &str, size: u64, unit: u64) {
     assert_eq!(reason(&other).0, "DIFFERENT_PARAMETERS");
     assert!(other.message().contains("domain is c2 and not c3"), "{other:?}");
 
-    let detach = wire::DetachRequest { attachment_id: id.clone(), guest_deadline_milliseconds: 0 };
+    let detach = wire::DetachRequest { attachment_id: id.clone(), ..Default::default() };
     let one = compute.detach(detach.clone()).await.unwrap().into_inner();
     let two = compute.detach(detach).await.unwrap().into_inner();
     assert_eq!(
         (outcome(one.report), outcome(two.report)),
         (wire::Outcome::Removed, wire::Outcome::Unchanged)
     );
-    let unexport = wire::UnexportRequest { attachment_id: id.clone() };
+    let unexport = wire::UnexportRequest { attachment_id: id.clone(), ..Default::default() };
     let one = storage.unexport(unexport.clone()).await.unwrap().into_inner();
     let two = storage.unexport(unexport).await.unwrap().into_inner();
     assert_eq!(
@@ -95,12 +95,6 @@ async fn every_verb_twice(pool: &str, size: u64, unit: u64) {
 #[ignore = "lab"]
 async fn f20_every_verb_twice_gives_the_same_and_changes_nothing() {
     every_verb_twice("thick", 16 << 20, 4 << 20).await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn f20_every_verb_twice_on_a_file_gives_the_same_and_changes_nothing() {
-    every_verb_twice("share", 15 << 20, 1 << 20).await;
 }
 
 /// F7: a second export of a volume is refused, also after a restart of the agent.
@@ -205,24 +199,35 @@ async fn f12_a_repeated_call_repairs_what_is_missing() {
     fixture.assert_nothing_left("at the end").await;
 }
 
-/// An agent that is killed while a disk is attached loses nothing: it knows the attachment and detaches it.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f11_killed_agents_know_their_attachments_and_end_them() {
-    let fixture = Fixture::new().await;
-    let serial = text(&fixture.volume("thick/kill").await, "/serial").to_owned();
-    let id = text(&fixture.attach(&["thick/kill", "c2"]).await, "/attachment_id").to_owned();
-    for (host, agent) in [(&fixture.lab.storage, "storage"), (&fixture.lab.compute, "compute")] {
-        host.run(&format!(
-            "systemctl kill -s KILL tether-{agent}-agent && systemctl restart tether-{agent}-agent"
-        ))
-        .await
-        .unwrap();
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// An agent that is killed while a disk is attached loses nothing: it knows the attachment and detaches it.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f11_killed_agents_know_their_attachments_and_end_them() {
+        let fixture = Fixture::new().await;
+        let serial = text(&fixture.volume("thick/kill").await, "/serial").to_owned();
+        let id = text(&fixture.attach(&["thick/kill", "c2"]).await, "/attachment_id").to_owned();
+        for (host, agent) in [(&fixture.lab.storage, "storage"), (&fixture.lab.compute, "compute")] {
+            host.run(&format!(
+                "systemctl kill -s KILL tether-{agent}-agent && systemctl restart tether-{agent}-agent"
+            ))
+            .await
+            .unwrap();
+        }
+        let disk = fixture.sees("c2", &serial).await;
+        fixture.lab.guest("c2").unwrap().write(&disk, "kill", 1 << 20).await.unwrap();
+        let shown = fixture.tether.json(&["show", &id]).await.unwrap();
+        assert_eq!(text(&shown, "/attachment/phase"), "attached", "{shown:#}");
+        fixture.tether.json(&["detach", &id]).await.unwrap();
+        fixture.assert_nothing_left("at the end").await;
     }
-    let disk = fixture.sees("c2", &serial).await;
-    fixture.lab.guest("c2").unwrap().write(&disk, "kill", 1 << 20).await.unwrap();
-    let shown = fixture.tether.json(&["show", &id]).await.unwrap();
-    assert_eq!(text(&shown, "/attachment/phase"), "attached", "{shown:#}");
-    fixture.tether.json(&["detach", &id]).await.unwrap();
-    fixture.assert_nothing_left("at the end").await;
+
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f20_every_verb_twice_on_a_file_gives_the_same_and_changes_nothing() {
+        every_verb_twice("share", 15 << 20, 1 << 20).await;
+    }
 }

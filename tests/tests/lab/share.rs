@@ -28,7 +28,7 @@ pub(crate) async fn mounts(fixture: &Fixture) -> String {
 
 /// With whom the directory is shared, one line each, from the server's own table.
 pub(crate) async fn shared_with(fixture: &Fixture) -> String {
-    let command = format!("grep '^{SHARE}[[:space:]]' /var/lib/nfs/etab || true");
+    let command = format!("grep '^{SHARE}[[:space:]]' /var/lib/nfs/etab | sort");
     fixture.lab.storage.run(&command).await.unwrap()
 }
 

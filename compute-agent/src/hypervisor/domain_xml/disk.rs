@@ -8,9 +8,17 @@ use tether_proto::{AttachmentId, VolumeFormat};
 
 use super::{DiskAddress, DiskKind, DiskPlan, DomainXmlError};
 
+/// What the aliases of our disks begin with.
+pub(crate) const ALIAS_PREFIX: &str = "ua-tether-";
+
 /// The alias of an attachment's disk. libvirt keeps aliases that begin with `ua-` as they are.
 pub(crate) fn alias_of(attachment: AttachmentId) -> String {
-    format!("ua-tether-{attachment}")
+    format!("{ALIAS_PREFIX}{attachment}")
+}
+
+/// The attachment of an alias; none of a disk that is not ours.
+pub(crate) fn attachment_of(alias: &str) -> Option<AttachmentId> {
+    alias.strip_prefix(ALIAS_PREFIX)?.parse().ok()
 }
 
 /// The `<disk>` element, on one line. It says the format that was stored: nothing looks into the volume for another, nor for
@@ -63,6 +71,9 @@ fn write_disk(writer: &mut Writer<Vec<u8>>, plan: &DiskPlan) -> std::io::Result<
         writer.create_element("target").with_attributes(target).write_empty()?;
         if plan.read_only || options.read_only {
             writer.create_element("readonly").write_empty()?;
+        } else if plan.shareable {
+            // Several guests write to it: QEMU takes no exclusive lock, and libvirt knows.
+            writer.create_element("shareable").write_empty()?;
         }
         writer.create_element("serial").write_text_content(BytesText::new(plan.serial.as_str()))?;
         let alias = alias_of(plan.attachment);
@@ -187,6 +198,15 @@ mod tests {
             plan.options.read_only = options;
             assert_eq!(disk_element(&plan).unwrap().contains("<readonly/>"), export || options);
         }
+    }
+
+    #[test]
+    fn a_disk_of_several_writers_is_shareable() {
+        let shared = DiskPlan { shareable: true, ..plan() };
+        assert!(disk_element(&shared).unwrap().contains("<shareable/>"));
+        assert!(!disk_element(&plan()).unwrap().contains("shareable"));
+        let reader = DiskPlan { read_only: true, ..shared };
+        assert!(!disk_element(&reader).unwrap().contains("shareable"));
     }
 
     #[test]

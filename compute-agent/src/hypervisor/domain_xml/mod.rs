@@ -17,7 +17,7 @@ mod round_trips;
 use serde::{Deserialize, Serialize};
 use tether_proto::{AttachmentId, DiskIo, DiskOptions, Serial, TargetDevice, VolumeFormat};
 
-pub(crate) use disk::{alias_of, disk_element};
+pub(crate) use disk::{ALIAS_PREFIX, alias_of, attachment_of, disk_element};
 #[cfg(test)]
 use place::SlotCount;
 pub(crate) use place::{PlaceError, choose_place};
@@ -51,6 +51,9 @@ pub(crate) struct DiskPlan {
     pub(crate) serial: Serial,
     /// The export is read-only. The disk is, when this or the options say so.
     pub(crate) read_only: bool,
+    /// Other hosts may have the volume, too, and write.
+    #[serde(default)]
+    pub(crate) shareable: bool,
     /// The name in the domain.
     pub(crate) target_device: TargetDevice,
     /// The place on the guest's bus.

@@ -10,7 +10,7 @@ use tether_proto::wire::{self, Outcome};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
-use super::{Agent, FakeStorageAgent, lock, refusal};
+use super::{Agent, FakeStorageAgent, diagnosis, lock, lost, object, refusal};
 
 pub(crate) const INITIATOR: &str = "iqn.1993-08.org.debian:01:compute1";
 
@@ -23,6 +23,10 @@ pub(crate) struct FakeComputeAgent {
     /// The last request, to see what arrives.
     pub(crate) last_attach: Mutex<Option<wire::AttachRequest>>,
     pub(crate) last_detach: Mutex<Option<wire::DetachRequest>>,
+    /// What a reconciliation finds.
+    pub(crate) findings: Mutex<Vec<wire::ReconcileItem>>,
+    /// What a diagnosis finds.
+    pub(crate) diagnosis: Mutex<wire::DiagnoseResponse>,
 }
 
 impl FakeComputeAgent {
@@ -34,6 +38,8 @@ impl FakeComputeAgent {
             ended: Mutex::default(),
             last_attach: Mutex::default(),
             last_detach: Mutex::default(),
+            findings: Mutex::default(),
+            diagnosis: Mutex::default(),
         }
     }
 
@@ -47,6 +53,11 @@ type Reply<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl ComputeAgent for FakeComputeAgent {
     type WatchOperationStream = ReceiverStream<Result<wire::StepEvent, Status>>;
+    type WatchStream = super::EventStream;
+
+    async fn watch(&self, _: Request<wire::WatchRequest>) -> Reply<super::EventStream> {
+        self.agent.watch_events().await
+    }
 
     async fn get_connector(&self, _: Request<wire::GetConnectorRequest>) -> Reply<wire::Connector> {
         self.agent.begin("GetConnector").await?;
@@ -113,6 +124,14 @@ impl ComputeAgent for FakeComputeAgent {
         Ok(Response::new(wire::AttachResponse { attachment: Some(attachment), report: Some(report) }))
     }
 
+    async fn reconcile(&self, request: Request<wire::ReconcileRequest>) -> Reply<wire::ReconcileResponse> {
+        self.agent.begin("Reconcile").await?;
+        let dry_run = request.into_inner().dry_run;
+        let items = lock(&self.findings).clone().into_iter();
+        let items = items.map(|item| wire::ReconcileItem { done: item.done && !dry_run, ..item }).collect();
+        Ok(Response::new(wire::ReconcileResponse { items, unchanged: 1, duration_microseconds: 1 }))
+    }
+
     async fn detach(&self, request: Request<wire::DetachRequest>) -> Reply<wire::DetachResponse> {
         let trouble = self.agent.begin("Detach").await?;
         let request = request.into_inner();
@@ -125,7 +144,29 @@ impl ComputeAgent for FakeComputeAgent {
         };
         let report = self.agent.steps(&id, outcome, steps).await;
         self.agent.end(trouble).await;
-        Ok(Response::new(wire::DetachResponse { report: Some(report) }))
+        let may_be_lost = lost(request.force, "the guest held its disk");
+        Ok(Response::new(wire::DetachResponse { report: Some(report), may_be_lost }))
+    }
+
+    /// Reaches all but what the planned diagnosis says of.
+    async fn diagnose(&self, request: Request<wire::DiagnoseRequest>) -> Reply<wire::DiagnoseResponse> {
+        self.agent.begin("Diagnose").await?;
+        let mut diagnosis = diagnosis(&self.diagnosis);
+        for address in request.into_inner().reach {
+            if !diagnosis.reached.iter().any(|reached| reached.address == address) {
+                diagnosis.reached.push(wire::Reached { address, answered: true, ..Default::default() });
+            }
+        }
+        Ok(Response::new(diagnosis))
+    }
+
+    async fn list_objects(&self, _: Request<wire::ListObjectsRequest>) -> Reply<wire::ListObjectsResponse> {
+        self.agent.begin("ListObjects").await?;
+        let objects = vec![
+            object("session", "iqn.b:other", wire::Ownership::Foreign),
+            object("disk", "c2 vdb", wire::Ownership::Owned),
+        ];
+        Ok(Response::new(wire::ListObjectsResponse { objects }))
     }
 
     async fn resize_attachment(

@@ -9,15 +9,18 @@ use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use tether_controller::{Console, Environment};
 use tether_proto::wire;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 pub(crate) use compute::FakeComputeAgent;
@@ -41,6 +44,9 @@ pub(crate) enum Trouble {
 
 type Watcher = mpsc::Sender<Result<wire::StepEvent, Status>>;
 
+pub(crate) type EventStream = Pin<Box<dyn Stream<Item = Result<wire::Event, Status>> + Send>>;
+type EventReply = Result<Response<EventStream>, Status>;
+
 /// What both fakes have.
 pub(crate) struct Agent {
     pub(crate) link: Link,
@@ -50,6 +56,8 @@ pub(crate) struct Agent {
     /// A call that is held got here.
     pub(crate) held: Notify,
     pub(crate) watch_is_broken: std::sync::atomic::AtomicBool,
+    /// What each who watches is told, one after the other; after the last one the stream stays open, after others it ends.
+    pub(crate) events: Mutex<VecDeque<Vec<wire::Event>>>,
 }
 
 impl Agent {
@@ -61,6 +69,7 @@ impl Agent {
             watchers: Mutex::default(),
             held: Notify::new(),
             watch_is_broken: false.into(),
+            events: Mutex::default(),
         }
     }
 
@@ -120,6 +129,19 @@ impl Agent {
         }
         let total_microseconds = 4000 * steps.len() as u64;
         wire::OperationReport { outcome: outcome.into(), steps: timings, total_microseconds }
+    }
+
+    async fn watch_events(&self) -> EventReply {
+        self.begin("Watch").await?;
+        let (events, last) = {
+            let mut scripts = lock(&self.events);
+            (scripts.pop_front().unwrap_or_default(), scripts.is_empty())
+        };
+        let told = tokio_stream::iter(events.into_iter().map(Ok));
+        Ok(Response::new(match last {
+            true => Box::pin(told.chain(tokio_stream::pending())),
+            false => Box::pin(told),
+        }))
     }
 
     fn watch(
@@ -248,6 +270,27 @@ impl Lab {
         tether(&all, interrupt).await
     }
 
+    /// Runs a command until it has printed all of this, or for 30 seconds.
+    pub(crate) async fn tether_until_said(&self, arguments: &[&str], said: &[&str]) -> Ran {
+        let (out, err) = (Shared::default(), Shared::default());
+        let config = self.config();
+        let all =
+            ["tether", "--config", config.to_str().unwrap()].into_iter().chain(arguments.iter().copied());
+        let console = Console::new(out.clone(), err.clone());
+        let interrupt = async {
+            let mut pace = tokio::time::interval(Duration::from_millis(20));
+            let all_said = async {
+                while !said.iter().all(|text| (out.text() + &err.text()).contains(text)) {
+                    pace.tick().await;
+                }
+            };
+            drop(tokio::time::timeout(Duration::from_secs(30), all_said).await);
+        };
+        let all = all.map(OsString::from).collect();
+        let exit = tether_controller::run(all, &Environment::default(), console, interrupt).await;
+        Ran { exit: exit as u8, out: out.text(), err: err.text() }
+    }
+
     /// The calls that changed something, or tried to, since the last time.
     pub(crate) fn mutations(&self) -> Vec<String> {
         let calls: Vec<String> = lock(&self.calls).drain(..).collect();
@@ -280,4 +323,28 @@ pub(crate) fn tls_server(pki: &Path, name: &str) -> Server {
 /// An address at which nobody listens.
 pub(crate) async fn nobody() -> String {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string()
+}
+
+/// What a forced end tells.
+fn lost(force: bool, sentence: &str) -> Vec<String> {
+    if force { vec![sentence.to_owned()] } else { Vec::new() }
+}
+
+fn object(kind: &str, name: &str, ownership: wire::Ownership) -> wire::HostObject {
+    wire::HostObject {
+        kind: kind.into(),
+        name: name.into(),
+        ownership: ownership.into(),
+        attachment_ids: Vec::new(),
+        reason: format!("because it is {}", ownership.as_str_name()),
+    }
+}
+
+/// The planned diagnosis, by a clock that is right.
+fn diagnosis(planned: &Mutex<wire::DiagnoseResponse>) -> wire::DiagnoseResponse {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_micros() as i64;
+    let mut diagnosis = lock(planned).clone();
+    diagnosis.received_unix_microseconds += now;
+    diagnosis.answered_unix_microseconds += now;
+    diagnosis
 }

@@ -9,7 +9,7 @@ use tether_proto::wire::{self, Outcome};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
-use super::{Agent, lock, refusal};
+use super::{Agent, diagnosis, lock, lost, object, refusal};
 
 pub(crate) const SECRET: &str = "canary-canary-canary";
 
@@ -31,6 +31,10 @@ pub(crate) struct FakeStorageAgent {
     pub(crate) ended: Mutex<BTreeSet<String>>,
     /// Why the pool `share` cannot be used.
     pub(crate) share_problem: Mutex<String>,
+    /// What a reconciliation finds.
+    pub(crate) findings: Mutex<Vec<wire::ReconcileItem>>,
+    /// What a diagnosis finds.
+    pub(crate) diagnosis: Mutex<wire::DiagnoseResponse>,
 }
 
 impl FakeStorageAgent {
@@ -47,6 +51,8 @@ impl FakeStorageAgent {
             exports: Mutex::default(),
             ended: Mutex::default(),
             share_problem: Mutex::default(),
+            findings: Mutex::default(),
+            diagnosis: Mutex::default(),
         }
     }
 
@@ -90,7 +96,7 @@ impl FakeStorageAgent {
         let missing = || refusal(Code::NotFound, "VOLUME_NOT_FOUND", &format!("no volume {key}"), &[]);
         let stored = lock(&self.volumes).get(&key).copied().ok_or_else(missing)?;
         let exports = lock(&self.exports);
-        let exported = exports.values().find(|export| format!("{}/{}", export.pool, export.volume) == key);
+        let exported = exports.values().filter(|export| format!("{}/{}", export.pool, export.volume) == key);
         Ok(wire::Volume {
             pool: pool.to_owned(),
             volume: name.to_owned(),
@@ -100,7 +106,8 @@ impl FakeStorageAgent {
             serial: "aabbccddeeff00112233".into(),
             provisioning: stored.provisioning.into(),
             created_by_tether: true,
-            exported_for: exported.map(|export| export.attachment_id.clone()).unwrap_or_default(),
+            exported_for: exported.map(|export| export.attachment_id.clone()).collect(),
+            multi_attach: false,
             format: stored.format.into(),
             transport: transport.into(),
         })
@@ -112,6 +119,11 @@ type Reply<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl StorageAgent for FakeStorageAgent {
     type WatchOperationStream = ReceiverStream<Result<wire::StepEvent, Status>>;
+    type WatchStream = super::EventStream;
+
+    async fn watch(&self, _: Request<wire::WatchRequest>) -> Reply<super::EventStream> {
+        self.agent.watch_events().await
+    }
 
     async fn create_volume(
         &self,
@@ -232,6 +244,14 @@ impl StorageAgent for FakeStorageAgent {
         Ok(Response::new(wire::ListVolumesResponse { volumes }))
     }
 
+    async fn reconcile(&self, request: Request<wire::ReconcileRequest>) -> Reply<wire::ReconcileResponse> {
+        self.agent.begin("Reconcile").await?;
+        let dry_run = request.into_inner().dry_run;
+        let items = lock(&self.findings).clone().into_iter();
+        let items = items.map(|item| wire::ReconcileItem { done: item.done && !dry_run, ..item }).collect();
+        Ok(Response::new(wire::ReconcileResponse { items, unchanged: 1, duration_microseconds: 1 }))
+    }
+
     async fn list_pools(&self, _: Request<wire::ListPoolsRequest>) -> Reply<wire::ListPoolsResponse> {
         self.agent.begin("ListPools").await?;
         let pools = ["share", "tether"].map(|pool| {
@@ -277,6 +297,7 @@ impl StorageAgent for FakeStorageAgent {
             transport: volume.transport,
             file_path: only(over_nfs, format!("/srv/share/{file}")),
             client_addresses: if over_nfs { connector.addresses } else { Vec::new() },
+            may_be_lost: Vec::new(),
         };
         let transport = match over_nfs {
             true => wire::connection_info::Transport::Nfs(wire::NfsConnection {
@@ -295,6 +316,8 @@ impl StorageAgent for FakeStorageAgent {
                 chap_username: "user".into(),
                 chap_secret: SECRET.into(),
                 wwn: volume.wwn,
+                mutual_chap_username: "target".into(),
+                mutual_chap_secret: format!("{SECRET}-in-turn"),
             }),
         };
         let info = wire::ConnectionInfo {
@@ -302,6 +325,7 @@ impl StorageAgent for FakeStorageAgent {
             size_bytes: volume.size_bytes,
             access_mode: request.access_mode,
             serial: volume.serial,
+            multi_attach: volume.multi_attach,
         };
         let (outcome, steps): (_, &[&str]) = match lock(&self.exports).insert(id.clone(), export) {
             Some(_) => (Outcome::Unchanged, &[]),
@@ -314,7 +338,7 @@ impl StorageAgent for FakeStorageAgent {
 
     async fn unexport(&self, request: Request<wire::UnexportRequest>) -> Reply<wire::UnexportResponse> {
         let trouble = self.agent.begin("Unexport").await?;
-        let id = request.into_inner().attachment_id;
+        let wire::UnexportRequest { attachment_id: id, force } = request.into_inner();
         lock(&self.ended).insert(id.clone());
         let (outcome, steps): (_, &[&str]) = match lock(&self.exports).remove(&id) {
             Some(_) => (Outcome::Removed, &["remove-target", "remove-backstore"]),
@@ -322,7 +346,19 @@ impl StorageAgent for FakeStorageAgent {
         };
         let report = self.agent.steps(&id, outcome, steps).await;
         self.agent.end(trouble).await;
-        Ok(Response::new(wire::UnexportResponse { report: Some(report) }))
+        let may_be_lost = lost(force, "compute1 was logged in");
+        Ok(Response::new(wire::UnexportResponse { report: Some(report), may_be_lost }))
+    }
+
+    async fn diagnose(&self, _: Request<wire::DiagnoseRequest>) -> Reply<wire::DiagnoseResponse> {
+        self.agent.begin("Diagnose").await?;
+        Ok(Response::new(diagnosis(&self.diagnosis)))
+    }
+
+    async fn list_objects(&self, _: Request<wire::ListObjectsRequest>) -> Reply<wire::ListObjectsResponse> {
+        self.agent.begin("ListObjects").await?;
+        let objects = vec![object("target", "iqn.a:orphan", wire::Ownership::Orphaned)];
+        Ok(Response::new(wire::ListObjectsResponse { objects }))
     }
 
     async fn get_export(&self, request: Request<wire::GetExportRequest>) -> Reply<wire::ExportStatus> {

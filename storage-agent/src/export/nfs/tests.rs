@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
-use tether_proto::{ByteSize, ConnectionInfo};
+use tether_agent_core::stuck::Stuck;
+use tether_proto::{ByteSize, ConnectionInfo, Transport};
 
 use super::*;
+use crate::record::Phase;
 
 const SHARE_PATH: &str = "/srv/share";
 
@@ -35,16 +37,22 @@ fn record(number: u8, phase: Phase, access_mode: AccessMode, addresses: &[&str])
         volume: format!("share/v{number}").parse().unwrap(),
         device: format!("{SHARE_PATH}/v{number}.raw"),
         unit_serial: "0123".into(),
-        share: Some(Clients { addresses: connector.addresses.clone(), owner_uid: 64055, owner_gid: 64055 }),
+        share: Some(Clients {
+            addresses: connector.addresses.clone(),
+            former: Vec::new(),
+            owner_uid: 64055,
+            owner_gid: 64055,
+        }),
         connector,
         connection: ConnectionInfo {
             transport: Transport::Nfs(nfs),
             size: ByteSize::try_from(1).unwrap(),
             access_mode,
             serial: "s".parse().unwrap(),
+            multi_attach: false,
         },
     };
-    ExportRecord { id: id(number), phase, export: Some(export) }
+    ExportRecord { phase, ..ExportRecord::new(id(number), export) }
 }
 
 fn line(address: &str) -> Share {
@@ -63,7 +71,7 @@ fn f47_a_line_is_what_the_exports_of_that_pool_and_address_need() {
         record(1, Exported, ReadOnly, &["10.99.0.2", "fd99::2"]),
         record(2, Exporting, ReadWrite, &["10.99.0.2"]),
         record(3, Unexporting, ReadWrite, &["fd99::2", "10.99.0.3"]),
-        ExportRecord { id: id(4), phase: Phase::Ended, export: None },
+        ExportRecord::ended(id(4)),
     ];
     let mode = |records: &[ExportRecord], leaving: &[u8], address: &str| {
         let mut users = index(records.to_vec());
@@ -96,7 +104,8 @@ fn nfs(root: &Path, records: &[&ExportRecord]) -> Nfs {
 #[test]
 fn f40_f47_only_addresses_in_the_client_networks_are_let_in() {
     let root = tempfile::tempdir().unwrap();
-    let (nfs, directory) = (nfs(root.path(), &[]), Directory::new(SHARE_PATH.parse().unwrap(), 64055, 64055));
+    let (nfs, directory) =
+        (nfs(root.path(), &[]), Directory::new(SHARE_PATH.parse().unwrap(), 64055, 64055, Stuck::default()));
     let clients = |addresses: &[&str]| nfs.clients(&connector(addresses), &directory);
     let shown = |addresses: &[&str]| list(&clients(addresses).unwrap().addresses);
     assert_eq!(shown(&["10.0.2.15", "10.99.0.2", "fd99::2", "10.99.0.2"]), "10.99.0.2, fd99::2");

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tether_agent_core::failure::Failure;
+use tether_agent_core::qcow2;
 use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
 use tether_proto::wire::{OperationReport, Outcome};
 use tether_proto::{ByteSize, VolumeFormat, VolumeKey};
@@ -15,9 +16,9 @@ use tether_proto::{ByteSize, VolumeFormat, VolumeKey};
 use super::super::find::FoundFile;
 use super::super::record::{FileRecord, journal_key};
 use super::super::{VolumeView, Volumes, check_room, find, may_still_be_done, round_up, shrink_refused};
-use super::{UNIT, lengthen};
+use super::{UNIT, lengthen, run};
 use crate::directory::Directory;
-use crate::directory::file::{no_room, resize_qcow2, sync};
+use crate::directory::file::{no_room, sync};
 use crate::identity::Provisioning;
 use crate::pool::Pools;
 use crate::space;
@@ -44,6 +45,11 @@ impl Volumes {
             return Ok((self.file_view(record), steps.report(Outcome::Unchanged)));
         }
         steps.run("check-pool", self.check_growth(directory, record, size)).await?;
+        if record.format == VolumeFormat::Qcow2 && !exported {
+            // Nobody is to have it, and a client may have it all the same: nfsd knows.
+            let inode = file.found.identity.inode;
+            self.check_closed(steps, directory.file(&file.name), inode).await?;
+        }
         let pending = FileRecord { extending_to: Some(size), ..record.clone() };
         let told = if others_part {
             let told = FileRecord { size, ..pending };
@@ -59,7 +65,9 @@ impl Volumes {
             };
             match made.await {
                 Ok(()) => done,
-                Err(failure) => return Err(self.undo_grow(steps, directory, &file, pending, failure).await),
+                Err(failure) => {
+                    return Err(self.undo_grow(steps, directory, &file, pending, exported, failure).await);
+                }
             }
         };
         tracing::info!(volume = %key, bytes = size.bytes(), "volume extended");
@@ -74,7 +82,7 @@ impl Volumes {
         size: ByteSize,
     ) -> Result<(), Failure> {
         let looked = directory.clone();
-        let room = blocking(KERNEL_DEADLINE, move || looked.room()).await?;
+        let room = directory.look(move || looked.room()).await?;
         match record.provisioning {
             Provisioning::Thin => check_room(&record.volume, size.bytes(), room.size),
             Provisioning::Thick => {
@@ -90,8 +98,16 @@ impl Volumes {
         directory: &Directory,
         before: &FoundFile,
         pending: FileRecord,
+        exported: bool,
         mut failure: Failure,
     ) -> Failure {
+        // A guest that was started meanwhile has opened the longer file, and may have written to its end.
+        if exported {
+            failure
+                .undo
+                .push("nothing was undone, for the volume is exported: the same call finishes it".to_owned());
+            return failure;
+        }
         // The journal stays as it is: a file of either size is ours.
         if may_still_be_done(&failure) {
             failure.undo.push("nothing was undone: it may still be done".to_owned());
@@ -144,7 +160,7 @@ async fn grow(directory: &Directory, file: &FoundFile, size: ByteSize, steps: &S
     let (opener, name) = (directory.clone(), file.name.clone());
     let opened = Arc::new(blocking(KERNEL_DEADLINE, move || opener.open(&name)).await?);
     match (file.record.format, file.record.provisioning) {
-        (VolumeFormat::Qcow2, _) => resize_qcow2(&path, size).await?,
+        (VolumeFormat::Qcow2, _) => run(qcow2::resize(&path, size.bytes(), directory.owner())).await?,
         (VolumeFormat::Raw, Provisioning::Thin) => lengthen(&opened, &path, size).await?,
         (VolumeFormat::Raw, Provisioning::Thick) => {
             let progress = |progress| steps.progress("extend-volume", progress);

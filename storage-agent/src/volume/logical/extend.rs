@@ -1,8 +1,7 @@
 //! Making a logical volume larger, the order of steps.
 //!
-//! What a thick LV grows by may hold somebody's old data (F5), and the LV has its name already. So the part that is not
-//! wiped yet is in the journal before it is there, and until it is wiped and forgotten there the volume is exported to
-//! nobody new. Whoever has the volume already is told of its size only when all is done.
+//! What a thick LV grows by may hold somebody's old data, and whoever has the LV sees a new size at once when he looks (F5). So
+//! the extents are taken by an LV of another name first, and wiped; only then are they the volume's.
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::steps::Steps;
@@ -13,8 +12,8 @@ use super::super::record::{ExtensionRecord, journal_key};
 use super::super::{VolumeView, Volumes, check_room, find, may_still_be_done, round_up, shrink_refused};
 use super::check_ours;
 use crate::identity::Provisioning;
-use crate::lvm::{LogicalVolume, Lvm};
-use crate::pool::{Pools, not_found};
+use crate::lvm::{EXTENTS_PREFIX, LogicalVolume, Lvm};
+use crate::pool::not_found;
 use crate::space;
 
 impl Volumes {
@@ -25,6 +24,7 @@ impl Volumes {
         lvm: &Lvm,
         size: ByteSize,
     ) -> Result<(VolumeView, OperationReport), Failure> {
+        self.pools.check_not_deleting(key)?;
         let room = steps.run("check-pool", lvm.room()).await?;
         let size = round_up(size, room.extent)?;
         let lv = steps
@@ -47,6 +47,13 @@ impl Volumes {
                 Outcome::Created
             }
             Provisioning::Thick => {
+                // Of an extension that was cut off; its extents are room again.
+                let room = if pending.is_some() {
+                    self.remove_extents(steps, lvm, key).await?;
+                    lvm.room().await?
+                } else {
+                    room
+                };
                 check_room(key, size.bytes() - lv.size.bytes(), room.largest)?;
                 self.extend_thick(steps, key, lvm, &lv, size, pending).await?
             }
@@ -65,20 +72,21 @@ impl Volumes {
         pending: Option<ExtensionRecord>,
     ) -> Result<Outcome, Failure> {
         let outcome = if pending.is_some() { Outcome::Repaired } else { Outcome::Created };
-        let from = pending.map_or(lv.size, |pending| pending.from.min(lv.size));
-        let record = ExtensionRecord { volume: key.clone(), uuid: lv.uuid.clone(), from, to: size };
-        let put = record.clone();
+        let record = ExtensionRecord { volume: key.clone(), uuid: lv.uuid.clone(), from: lv.size, to: size };
         let made = async {
-            self.journal(steps, "write-journal", move |pools| {
-                pools.extensions.put(&journal_key(&put.volume), &put)
-            })
-            .await?;
-            if lv.size < size {
-                steps.run("extend-volume", lvm.extend(key.volume.as_str(), size)).await?;
+            if let Ok(more) = ByteSize::try_from(size.bytes() - lv.size.bytes()) {
+                let put = record.clone();
+                self.journal(steps, "write-journal", move |pools| {
+                    pools.extensions.put(&journal_key(&put.volume), &put)
+                })
+                .await?;
+                let extents = extents_of(key);
+                steps.run("create-extents", lvm.create(&extents, more)).await?;
+                let wiped = space::wipe(lvm.device(&extents), 0..more.bytes(), steps);
+                steps.run("wipe-extents", wiped).await?;
+                steps.run("extend-volume", lvm.extend_by(key.volume.as_str(), size, &extents)).await?;
             }
             steps.run("verify-volume", verify(lvm, key, &lv.uuid, size)).await?;
-            let device = lvm.device(key.volume.as_str());
-            steps.run("wipe-volume", space::wipe(device, from.bytes()..size.bytes(), steps)).await?;
             self.forget_extension(steps, "close-journal", key).await
         }
         .await;
@@ -88,8 +96,20 @@ impl Volumes {
         }
     }
 
-    /// An LV that is as large as before has nothing to be wiped: the record goes. Otherwise it stays, and says what is to
-    /// be done.
+    /// What an extension that was cut off has taken for the volume and not given to it.
+    pub(in super::super) async fn remove_extents(
+        &self,
+        steps: &Steps,
+        lvm: &Lvm,
+        key: &VolumeKey,
+    ) -> Result<(), Failure> {
+        match lvm.find(&extents_of(key)).await? {
+            Some(lv) => self.remove_leftover(steps, lvm, &lv).await,
+            None => Ok(()),
+        }
+    }
+
+    /// An LV that is as large as before has had no extension: the record goes. Otherwise it stays, and the same call ends it.
     async fn undo_extend(
         &self,
         steps: &Steps,
@@ -101,23 +121,21 @@ impl Volumes {
         if self.pools.extension(key, &record.uuid).is_none() {
             return failure;
         }
-        let may_still_be_done = may_still_be_done(&failure);
+        if may_still_be_done(&failure) {
+            failure.undo.push("nothing was undone: it may still be done".to_owned());
+            return failure;
+        }
         let undo = async {
+            self.remove_extents(steps, lvm, key).await?;
             match lvm.find(key.volume.as_str()).await? {
-                Some(lv) if lv.size == record.from && !may_still_be_done => {
-                    self.forget_extension(steps, "undo-write-journal", key).await.map(|()| true)
+                Some(lv) if lv.size == record.from => {
+                    self.forget_extension(steps, "undo-write-journal", key).await
                 }
-                _ => Ok(false),
+                _ => Ok(()),
             }
         };
-        match undo.await {
-            Ok(true) => failure,
-            Ok(false) => unfinished(failure, record),
-            Err(error) => {
-                failure.undo.push(error.to_string());
-                unfinished(failure, record)
-            }
-        }
+        failure.undo.extend(undo.await.err().map(|error| error.to_string()));
+        failure
     }
 
     async fn forget_extension(
@@ -131,32 +149,9 @@ impl Volumes {
     }
 }
 
-/// Refuses a volume whose new part may show old data (F5).
-pub(crate) fn check_extended(
-    pools: &Pools,
-    key: &VolumeKey,
-    uuid: &str,
-    size: ByteSize,
-) -> Result<(), Failure> {
-    let Some(record) = pools.extension(key, uuid) else {
-        return Ok(());
-    };
-    let record = ExtensionRecord { to: record.to.max(size), ..record };
-    let failure = Failure::new(
-        Reason::ExtensionUnfinished,
-        format!(
-            "an extension of volume {key} from {} to {} bytes is not finished: what is behind that may show old data",
-            record.from.bytes(),
-            record.to.bytes()
-        ),
-    );
-    Err(unfinished(failure.at("validate"), &record))
-}
-
-/// The failure with the command that finishes the extension.
-fn unfinished(failure: Failure, record: &ExtensionRecord) -> Failure {
-    let command = format!("tether volume extend {} {}", record.volume, record.to.bytes());
-    failure.next(format!("finish the extension: {command}; until then nobody new gets the volume"))
+/// The LV that takes the extents for a volume until they are wiped.
+fn extents_of(key: &VolumeKey) -> String {
+    format!("{EXTENTS_PREFIX}{}", key.volume)
 }
 
 /// The LV is the one that was found, and has its new size in the kernel, too.
@@ -174,21 +169,4 @@ async fn verify(lvm: &Lvm, key: &VolumeKey, uuid: &str, size: ByteSize) -> Resul
             size.bytes()
         ),
     ))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn f5_an_unfinished_extension_names_the_command_that_finishes_it() {
-        let record = ExtensionRecord {
-            volume: "thick/a".parse().unwrap(),
-            uuid: "u".into(),
-            from: ByteSize::try_from(4096).unwrap(),
-            to: ByteSize::try_from(8192).unwrap(),
-        };
-        let failure = unfinished(Failure::new(Reason::WipeFailed, "wiping failed"), &record);
-        assert!(failure.next.unwrap().contains("tether volume extend thick/a 8192"));
-    }
 }

@@ -1,5 +1,5 @@
-//! Does somebody listen there? One TCP connect to each of several addresses at once: the first that answers wins, and a dead
-//! one costs nothing while another lives (F23). Not here: what is behind the port.
+//! Does somebody listen there? One TCP connect to an address, or to each of several at once: the first that answers wins, and
+//! a dead one costs nothing while another lives (F23). Not here: what is behind the port.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,7 +15,7 @@ const DEADLINE: Duration = Duration::from_secs(3);
 
 /// How an address did not answer.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Silence {
+pub enum Silence {
     /// Its host is there, and nobody listens.
     #[error("refused")]
     Refused,
@@ -30,30 +30,38 @@ pub(crate) enum Silence {
 /// None of the addresses answered; in the order in which they were given.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", addresses.iter().map(|(address, why)| format!("{address} ({why})")).collect::<Vec<_>>().join(", "))]
-pub(crate) struct AllSilent {
+pub struct AllSilent {
     addresses: Vec<(SocketAddr, Silence)>,
 }
 
 impl AllSilent {
     /// Is the host there on every address, and nobody listens?
-    pub(crate) fn is_refused(&self) -> bool {
+    pub fn is_refused(&self) -> bool {
         self.addresses.iter().all(|(_, why)| matches!(why, Silence::Refused))
     }
 }
 
+/// Tries one address.
+///
+/// # Errors
+/// How it did not answer.
+pub async fn probe(address: SocketAddr) -> Result<(), Silence> {
+    match timeout(DEADLINE, TcpStream::connect(address)).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Err(Silence::Refused),
+        Ok(Err(error)) => Err(Silence::Other(error)),
+        Err(_) => Err(Silence::Deadline),
+    }
+}
+
 /// The first address that answers.
-pub(crate) async fn first_to_answer(addresses: &[SocketAddr]) -> Result<SocketAddr, AllSilent> {
+///
+/// # Errors
+/// When none does: how each did not.
+pub async fn first_to_answer(addresses: &[SocketAddr]) -> Result<SocketAddr, AllSilent> {
     let mut probes = JoinSet::new();
     for address in addresses.iter().copied() {
-        probes.spawn(async move {
-            let why = match timeout(DEADLINE, TcpStream::connect(address)).await {
-                Ok(Ok(_)) => return Ok(address),
-                Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Silence::Refused,
-                Ok(Err(error)) => Silence::Other(error),
-                Err(_) => Silence::Deadline,
-            };
-            Err((address, why))
-        });
+        probes.spawn(async move { probe(address).await.map(|()| address).map_err(|why| (address, why)) });
     }
     let mut failed = HashMap::new();
     while let Some(answer) = probes.join_next().await {

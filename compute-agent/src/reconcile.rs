@@ -1,0 +1,258 @@
+//! Attachments, sessions and mounts brought back to what the journal says: at start, on SIGHUP and when asked (rule 6). Not
+//! here: the steps themselves, which are those of Attach, Detach and ResizeAttachment.
+//!
+//! After a boot nothing runs that could have a disk of ours, and domains that start by themselves need theirs (F21). So the
+//! first start after a boot connects what the journal has before the agent says that it is ready, and systemd starts libvirtd
+//! after that. Whether a domain still has its disk is asked once libvirt is there.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tether_agent_core::failure::{Failure, Reason};
+use tether_agent_core::force::Force;
+use tether_agent_core::operations::RECONCILE;
+use tether_agent_core::reconcile::{Findings, TombstoneDays, several};
+use tether_agent_core::steps::Steps;
+use tether_proto::wire::{Outcome, ReconcileAction, ReconcileResponse};
+use tether_proto::{AttachmentId, Transport};
+use tokio::time::timeout;
+
+use crate::attach::Known;
+use crate::attachments::Attachments;
+use crate::record::{Attachment, AttachmentRecord, Phase};
+
+const OBJECT: &str = "attachment";
+/// How long guests' start may wait for storage after a boot. What takes longer goes on beside it.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// What is known of the domains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Domains {
+    /// libvirt is asked.
+    Asked,
+    /// The host was booted, and none of them runs yet.
+    Down,
+}
+
+impl Attachments {
+    /// All attachments, several at a time; one that fails holds up none.
+    pub(crate) async fn reconcile(self: &Arc<Self>, dry_run: bool) -> ReconcileResponse {
+        if dry_run {
+            return self.plan().await.into_response();
+        }
+        self.work(Domains::Asked, self.journal.list()).await.into_response()
+    }
+
+    /// Connects what the journal has, if this is the first start since the host was booted. Gives up waiting after a minute.
+    pub(crate) async fn reconnect_after_boot(self: &Arc<Self>, state_directory: &Path) {
+        let (booted, file) = (std::fs::read_to_string(BOOT_ID), state_directory.join("boot_id"));
+        let Ok(booted) = booted.inspect_err(|error| tracing::error!(%error, "the boot id cannot be read"))
+        else {
+            return;
+        };
+        if std::fs::read_to_string(&file).is_ok_and(|known| known == booted) {
+            return;
+        }
+        let mut records = self.journal.list();
+        records.retain(|record| {
+            // One whose detach was refused, or whose attach or detach was cut off, may be in the definition as well; a domain
+            // that starts without it does not start. It is finished or taken back once libvirt is there.
+            record.attachment.as_ref().is_some_and(|attachment| {
+                !attachment.options.live_only
+                    && (record.phase == Phase::Attached || attachment.plan.is_some())
+            })
+        });
+        let (count, this) = (records.len(), self.clone());
+        let working = tokio::spawn(async move { this.work(Domains::Down, records).await.into_response() });
+        match timeout(BOOT_DEADLINE, working).await {
+            Ok(Ok(found)) => tracing::info!(
+                attachments = count,
+                failed = found.items.iter().filter(|item| !item.done).count(),
+                milliseconds = found.duration_microseconds / 1000,
+                "the host was booted: connected what its domains need"
+            ),
+            Ok(Err(error)) => tracing::error!(%error, "connecting after the boot died"),
+            Err(_) => tracing::error!(
+                seconds = BOOT_DEADLINE.as_secs(),
+                "not all storage is connected yet: domains are not held up any longer"
+            ),
+        }
+        if let Err(error) = remember(&file, &booted) {
+            tracing::error!(%error, file = %file.display(), "the boot id cannot be written");
+        }
+    }
+
+    async fn work(self: &Arc<Self>, domains: Domains, records: Vec<AttachmentRecord>) -> Findings {
+        let mut findings = Findings::default();
+        let mut work = Vec::new();
+        for record in records {
+            let Some((action, why)) = called_for(&record, self.tombstones) else {
+                findings.unchanged();
+                continue;
+            };
+            let (this, id) = (self.clone(), record.id);
+            work.push(async move {
+                let one = this.clone();
+                let outcome = this
+                    .operations()
+                    .run(&id.to_string(), RECONCILE, format!("{domains:?}"), move |steps| async move {
+                        one.reconcile_one(&steps, id, domains).await
+                    })
+                    .await;
+                (id, action, why, outcome)
+            });
+        }
+        for (id, action, why, outcome) in several(work).await {
+            match outcome {
+                Ok(Outcome::Unchanged) => findings.unchanged(),
+                Err(failure) if failure.reason == Reason::AttachmentNotFound => {
+                    let why = "its domain has no such disk any more";
+                    findings.ended(OBJECT, &id.to_string(), ReconcileAction::Report, why, Err(failure));
+                }
+                // It was asked, and its caller was told: nobody asks it again and again.
+                Err(failure)
+                    if action == ReconcileAction::Finish && failure.reason == Reason::GuestHoldsDevice =>
+                {
+                    findings.ended(OBJECT, &id.to_string(), ReconcileAction::Report, why, Err(failure));
+                }
+                outcome => findings.ended(OBJECT, &id.to_string(), action, why, outcome.map(drop)),
+            }
+        }
+        findings
+    }
+
+    /// What would be done.
+    async fn plan(&self) -> Findings {
+        let mut findings = Findings::default();
+        for record in self.journal.list() {
+            let key = record.id.to_string();
+            let Some((action, why)) = called_for(&record, self.tombstones) else {
+                findings.unchanged();
+                continue;
+            };
+            match (record.phase, &record.attachment) {
+                (Phase::Attached, Some(attachment)) => match self.needs(record.id, attachment).await {
+                    Ok(None) => findings.unchanged(),
+                    Ok(Some((action, why))) => findings.planned(OBJECT, &key, action, why),
+                    Err(failure) => findings.unseen(OBJECT, &key, why, &failure),
+                },
+                _ => findings.planned(OBJECT, &key, action, why),
+            }
+        }
+        findings
+    }
+
+    /// What an attachment that is whole in the journal lacks.
+    async fn needs(
+        &self,
+        id: AttachmentId,
+        attachment: &Attachment,
+    ) -> Result<Option<(ReconcileAction, &'static str)>, Failure> {
+        let views = self.views_of(attachment).await?;
+        if !views.in_live(id) && !views.in_persistent(id) {
+            return Ok(Some((ReconcileAction::Report, "its domain has no such disk any more")));
+        }
+        if attachment.resizing_to.is_some() {
+            return Ok(Some((ReconcileAction::Finish, "its resize was cut off")));
+        }
+        let connected = self.status(id, Phase::Attached, attachment, &views)?.connected;
+        Ok((!connected).then_some((ReconcileAction::Restore, "its session or mount is gone")))
+    }
+
+    /// What was read before the operation began may be another by now.
+    async fn reconcile_one(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        domains: Domains,
+    ) -> Result<Outcome, Failure> {
+        let key = id.to_string();
+        let Some(record) = self.journal.get(&key) else { return Ok(Outcome::Unchanged) };
+        match (record.phase, record.attachment) {
+            (_, Some(attachment)) if domains == Domains::Down => {
+                self.reconnect(steps, id, &attachment, domains).await
+            }
+            (Phase::Attached, Some(attachment)) => {
+                let outcome = self.reconnect(steps, id, &attachment, domains).await?;
+                match attachment.resizing_to {
+                    Some(size) => Ok(self.do_resize(steps, id, size).await?.0),
+                    None => Ok(outcome),
+                }
+            }
+            (Phase::Attaching, Some(attachment)) => {
+                let mut stops = Force::off();
+                self.take_away(steps, id, &attachment, self.guest_deadline, &mut stops).await?;
+                let journal = self.journal.clone();
+                steps.run_blocking("undo-write-journal", move || journal.remove(&key)).await?;
+                self.release(id);
+                Ok(Outcome::Removed)
+            }
+            (Phase::Detaching, Some(_)) => {
+                let (outcome, _) = self.do_detach(steps, id, self.guest_deadline, false).await?;
+                Ok(outcome)
+            }
+            (Phase::Ended, _) if self.tombstones.are_past(record.ended) => {
+                let journal = self.journal.clone();
+                steps.run_blocking("forget", move || journal.remove(&key)).await?;
+                Ok(Outcome::Removed)
+            }
+            _ => Ok(Outcome::Unchanged),
+        }
+    }
+
+    /// Session or mount of a disk that a domain has, as far as it is gone.
+    async fn reconnect(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: &Attachment,
+        domains: Domains,
+    ) -> Result<Outcome, Failure> {
+        let in_live = match domains {
+            Domains::Down => false,
+            Domains::Asked => {
+                let views = steps.run("read-domain", self.views_of(attachment)).await?;
+                if !views.in_live(id) && !views.in_persistent(id) {
+                    return Err(Failure::new(
+                        Reason::AttachmentNotFound,
+                        format!("domain {} has no disk of attachment {id}", attachment.domain_name),
+                    )
+                    .next(format!("end the attachment: tether detach {id}")));
+                }
+                views.in_live(id)
+            }
+        };
+        let size = attachment.connection.size;
+        // An extension of which this host was not told yet does not keep a domain from its disk.
+        let known = Known { fresh: false, in_live, phase: Phase::Attached, size, may_be_larger: true };
+        let disk = match &attachment.connection.transport {
+            Transport::Iscsi(iscsi) => self.connect_iscsi(steps, id, attachment, iscsi, known).await?,
+            Transport::Nfs(nfs) => self.connect_nfs(steps, id, attachment, nfs, known).await?,
+        };
+        Ok(if disk.connected { Outcome::Repaired } else { Outcome::Unchanged })
+    }
+}
+
+fn called_for(
+    record: &AttachmentRecord,
+    tombstones: TombstoneDays,
+) -> Option<(ReconcileAction, &'static str)> {
+    match record.phase {
+        Phase::Attached => Some((ReconcileAction::Restore, "its session, mount or resize was not complete")),
+        Phase::Attaching => Some((ReconcileAction::Undo, "its attach was cut off")),
+        Phase::Detaching => Some((ReconcileAction::Finish, "its detach was cut off")),
+        Phase::Ended if tombstones.are_past(record.ended) => {
+            Some((ReconcileAction::Forget, "it ended long ago"))
+        }
+        Phase::Ended => None,
+    }
+}
+
+/// Puts the boot id where the next start finds it. Losing it to a power cut is no harm: then the host was booted.
+fn remember(file: &PathBuf, booted: &str) -> std::io::Result<()> {
+    let temporary = file.with_extension("tmp");
+    std::fs::write(&temporary, booted)?;
+    std::fs::rename(&temporary, file)
+}
