@@ -229,6 +229,8 @@ impl CommandLine {
             .map_err(|source| CommandError::Start { command: command.clone(), source })?;
 
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        // Tasks of their own: whoever goes on after the deadline finds somebody who reads, and does not die of a broken pipe.
+        let (stdout, stderr) = (tokio::spawn(collect(stdout)), tokio::spawn(collect(stderr)));
         let work = async {
             let feed = async {
                 if let Some(mut pipe) = stdin {
@@ -240,10 +242,10 @@ impl CommandLine {
                 }
                 Ok(())
             };
-            let (fed, out, err) = tokio::join!(feed, collect(stdout), collect(stderr));
+            let (fed, out, err) = tokio::join!(feed, stdout, stderr);
             fed?;
             let status = child.wait().await?;
-            Ok::<_, std::io::Error>(Output { exit_code: status.code(), stdout: out?, stderr: err? })
+            Ok::<_, std::io::Error>(Output { exit_code: status.code(), stdout: out??, stderr: err?? })
         };
         match timeout(self.deadline, work).await {
             Ok(Ok(output)) => {
@@ -382,7 +384,7 @@ mod tests {
     async fn f24_a_program_that_must_not_be_killed_is_reported_and_ends_its_work() {
         let folder = tempfile::tempdir().unwrap();
         let done = folder.path().join("done");
-        let error = shell(&format!("sleep 1; touch {}", done.display()))
+        let error = shell(&format!("sleep 1; echo it goes on; echo so >&2; touch {}", done.display()))
             .deadline(Duration::from_millis(100))
             .never_kill()
             .run()
