@@ -87,7 +87,7 @@ impl<R: Serialize + DeserializeOwned + Clone> Journal<R> {
                     records.insert(key.to_owned(), record);
                 }
                 Err(problem) => {
-                    let aside = path.with_extension("json.damaged");
+                    let aside = free_name(&path);
                     fs::rename(&path, &aside).map_err(fail("setting aside", &path))?;
                     tracing::error!(file = %aside.display(), %problem, "damaged journal file set aside");
                     damaged.push(aside);
@@ -168,6 +168,13 @@ impl<R: Serialize + DeserializeOwned + Clone> Journal<R> {
 }
 
 /// A record, or what is wrong with the file.
+/// A name beside a record for what is set aside. An earlier one keeps its own: it may be all that is left of the record.
+fn free_name(path: &Path) -> PathBuf {
+    let names = std::iter::once("json.damaged".to_owned()).chain((1..).map(|n| format!("json.{n}.damaged")));
+    let mut free = names.map(|name| path.with_extension(name)).filter(|name| !name.exists());
+    free.next().unwrap_or_else(|| path.with_extension("json.damaged"))
+}
+
 fn parse<R: DeserializeOwned>(text: &[u8]) -> Result<R, String> {
     match serde_json::from_slice::<FileIn<R>>(text) {
         Ok(file) if file.version == VERSION => Ok(file.record),
@@ -269,5 +276,11 @@ mod tests {
             assert_eq!(damaged, ["bad.json.damaged", "new.json.damaged"]);
         }
         assert!(!folder.path().join("good.tmp").exists());
+        // A repair that was none replaces nothing.
+        fs::write(folder.path().join("bad.json"), "repaired").unwrap();
+        Journal::<String>::open(folder.path()).unwrap();
+        let aside = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap();
+        assert_eq!(aside("bad.json.damaged"), "{\"version\":1,");
+        assert_eq!(aside("bad.json.1.damaged"), "repaired");
     }
 }
