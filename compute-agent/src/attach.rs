@@ -362,6 +362,7 @@ fn plan(
     })
 }
 
+        keep_allocated: attachment.connection.transport.keeps_allocated(),
 fn new_attachment(
     requested_domain: DomainName,
     state: &DomainState,

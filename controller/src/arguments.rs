@@ -265,7 +265,7 @@ pub(crate) struct Attach {
     /// threads].
     #[arg(long, value_name = "MODE")]
     pub(crate) io: Option<DiskIo>,
-    /// What becomes of the guest's discards: unmap or ignore [default: unmap].
+    /// What becomes of the guest's discards: unmap or ignore [default: ignore for a thick volume that is a file, else unmap].
     #[arg(long, value_name = "MODE")]
     pub(crate) discard: Option<DiskDiscard>,
     /// Export read-only: neither host nor guest can write.

@@ -152,6 +152,11 @@ impl Transport {
             Self::Nfs(nfs) => nfs.format,
         }
     }
+
+    /// Is it a file whose space is to stay taken? An LV keeps its extents whatever is discarded.
+    pub fn keeps_allocated(&self) -> bool {
+        matches!(self, Self::Nfs(nfs) if nfs.keep_allocated)
+    }
 }
 
 impl From<&Transport> for wire::Transport {

@@ -174,7 +174,7 @@ impl fmt::Display for TargetDevice {
     }
 }
 
-/// How the guest sees the disk, every default filled in but the host's I/O.
+/// How the guest sees the disk, every default filled in but what follows from what the disk stands on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskOptions {
     /// The bus.
@@ -185,8 +185,8 @@ pub struct DiskOptions {
     pub cache: DiskCache,
     /// Host I/O; left out, it follows from what the disk stands on.
     pub io: Option<DiskIo>,
-    /// Discards.
-    pub discard: DiskDiscard,
+    /// Discards; left out, it follows from how the volume has its space.
+    pub discard: Option<DiskDiscard>,
     /// The guest cannot write.
     pub read_only: bool,
     /// The guest's serial, when it is not to be the volume's own.
@@ -221,7 +221,7 @@ impl TryFrom<&wire::DiskOptions> for DiskOptions {
             target_device,
             cache,
             io,
-            discard: DiskDiscard::from_wire(wire.discard)?.unwrap_or(DiskDiscard::Unmap),
+            discard: DiskDiscard::from_wire(wire.discard)?,
             read_only: wire.read_only,
             serial: match wire.serial.as_str() {
                 "" => None,
@@ -251,7 +251,10 @@ impl From<&DiskOptions> for wire::DiskOptions {
             target_device: options.target_device.as_ref().map(ToString::to_string).unwrap_or_default(),
             cache: wire::DiskCache::from(options.cache).into(),
             io: options.io.map(|io| wire::DiskIo::from(io).into()).unwrap_or_default(),
-            discard: wire::DiskDiscard::from(options.discard).into(),
+            discard: options
+                .discard
+                .map(|discard| wire::DiskDiscard::from(discard).into())
+                .unwrap_or_default(),
             read_only: options.read_only,
             serial: options.serial.as_ref().map(ToString::to_string).unwrap_or_default(),
             persistence: persistence.into(),
@@ -269,7 +272,7 @@ mod tests {
         let options = DiskOptions::try_from(&wire::DiskOptions::default()).unwrap();
         assert_eq!(
             (options.bus, options.cache, options.io, options.discard, options.live_only),
-            (DiskBus::Virtio, DiskCache::None, None, DiskDiscard::Unmap, false)
+            (DiskBus::Virtio, DiskCache::None, None, None, false)
         );
     }
 

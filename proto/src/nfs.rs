@@ -82,6 +82,9 @@ pub struct NfsConnection {
     pub inode: u64,
     /// The id that the server shows for the share.
     pub file_system_id: FileSystemId,
+    /// All of its space is taken, and a guest's discards are not to give it back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_allocated: bool,
 }
 
 impl TryFrom<&wire::NfsConnection> for NfsConnection {
@@ -100,6 +103,7 @@ impl TryFrom<&wire::NfsConnection> for NfsConnection {
             format: wire.format.try_into()?,
             inode: wire.inode,
             file_system_id: wire.file_system_id.parse()?,
+            keep_allocated: wire.keep_allocated,
         })
     }
 }
@@ -113,6 +117,7 @@ impl From<&NfsConnection> for wire::NfsConnection {
             format: wire::VolumeFormat::from(nfs.format).into(),
             inode: nfs.inode,
             file_system_id: nfs.file_system_id.to_string(),
+            keep_allocated: nfs.keep_allocated,
         }
     }
 }
@@ -129,13 +134,13 @@ pub(crate) mod tests {
             proptest::collection::vec(any::<IpAddr>(), 1..4),
             "(/[a-zA-Z0-9_+-][a-zA-Z0-9_.+-]{0,10}){1,4}",
             "[a-zA-Z0-9_][a-zA-Z0-9_.+-]{0,40}",
-            any::<bool>(),
+            any::<[bool; 2]>(),
             1u64..,
             1u128..,
         )
             .prop_filter_map(
                 "servers must be addresses of one host",
-                |(servers, path, file, qcow2, inode, id)| {
+                |(servers, path, file, [qcow2, keep_allocated], inode, id)| {
                     Some(NfsConnection {
                         servers: servers
                             .into_iter()
@@ -146,6 +151,7 @@ pub(crate) mod tests {
                         format: if qcow2 { VolumeFormat::Qcow2 } else { VolumeFormat::Raw },
                         inode,
                         file_system_id: FileSystemId::new(Uuid::from_u128(id)).ok()?,
+                        keep_allocated,
                     })
                 },
             )
@@ -175,6 +181,7 @@ pub(crate) mod tests {
         ) {
             let _unused = NfsConnection::try_from(&wire::NfsConnection {
                 servers, path: text.clone(), file: text.clone(), format, inode, file_system_id: text,
+                keep_allocated: false,
             });
         }
     }

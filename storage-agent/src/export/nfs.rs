@@ -25,6 +25,7 @@ use tether_proto::{AccessMode, AttachmentId, Connector, NfsConnection, PoolName,
 use crate::addresses;
 use crate::config;
 use crate::directory::Directory;
+use crate::identity::Provisioning;
 use crate::nfs::{Line, Nfs as Server, NfsError, OpenFile, Share};
 use crate::record::{Clients, Export, ExportRecord};
 use crate::volume::find::FoundFile;
@@ -139,6 +140,7 @@ impl Nfs {
             format: file.record.format,
             inode: file.found.identity.inode,
             file_system_id: file.directory.file_system_id,
+            keep_allocated: file.record.provisioning == Provisioning::Thick,
         })
     }
 

@@ -8,7 +8,7 @@ use tether_tests::tether::SHARE;
 use tonic::Code;
 
 use crate::share::{file_facts, known};
-use crate::{Fixture, SEEN, checksum_of, new_id, reason, text};
+use crate::{Fixture, SEEN, checksum_of, new_id, our_disk, reason, text};
 
 /// What the storage agent tells of a pool.
 async fn pool(fixture: &Fixture, name: &str) -> wire::Pool {
@@ -61,6 +61,18 @@ async fn pools_tell_the_room_that_the_kernel_tells() {
     };
     assert!(taken.contains("thick.raw 67108864") && taken.contains("thin.raw 943718400"), "{taken}");
     assert!(blocks("thick.raw") * 512 >= 64 << 20 && blocks("thin.raw") * 512 < 1 << 20, "{taken}");
+    // And it keeps it, whatever the guest discards, unless that is asked for.
+    for (volume, options, discard) in [
+        ("share/thick", &[][..], "ignore"),
+        ("share/thick", &["--discard", "unmap"], "unmap"),
+        ("share/thin", &[], "unmap"),
+    ] {
+        let attached = fixture.attach(&[&[volume, "c2"], options].concat()).await;
+        let id = text(&attached, "/attachment_id");
+        let xml = fixture.xml("c2", "--inactive").await;
+        assert!(our_disk(&xml, id).contains(&format!("discard='{discard}'")), "{volume} {options:?}: {xml}");
+        fixture.detach(id).await;
+    }
     let image = storage.run(&format!("qemu-img info --output json {SHARE}/qcow2.qcow2")).await.unwrap();
     let image: Value = serde_json::from_str(&image).unwrap();
     assert_eq!((text(&image, "/format"), image["virtual-size"].as_u64()), ("qcow2", Some(800 << 20)));
@@ -171,38 +183,38 @@ async fn a_symlink_or_file_of_somebody_else_in_the_pool_is_refused_and_untouched
     fixture.assert_nothing_left("after all").await;
 }
 
-/// The file of a volume in use was moved and a link put in its place: what the link leads to is neither read nor written, and
-/// the guest goes on with its own file.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_link_in_the_place_of_a_file_in_use_leads_nobody_astray() {
-    let fixture = Fixture::new().await;
-    let storage = &fixture.lab.storage;
-    let serial = text(&fixture.volume("share/used").await, "/serial").to_owned();
-    let id = text(&fixture.attach(&["share/used", "c2"]).await, "/attachment_id").to_owned();
-    let disk = fixture.sees("c2", &serial).await;
-    storage
-        .run(&format!(
-            "cd {SHARE} && echo precious >/run/target && mv used.raw away && ln -s /run/target used.raw"
-        ))
-        .await
-        .unwrap();
-    let (_, error) = fixture.tether.error(&["volume", "extend", "share/used", "32M"]).await.unwrap();
-    assert!(["WRONG_DEVICE", "NOT_OURS"].contains(&text(&error, "/reason")), "{error:#}");
-    assert_eq!(storage.run("cat /run/target").await.unwrap(), "precious\n");
-    fixture.lab.guest("c2").unwrap().write(&disk, "used", 1 << 20).await.unwrap();
-    fixture.detach(&id).await;
-    fixture.lab.guest("c2").unwrap().wait_gone(&serial, SEEN).await.unwrap();
-    fixture.assert_nothing_left("after the detach").await;
-    storage.run(&format!("cd {SHARE} && rm used.raw && mv away used.raw")).await.unwrap();
-    assert!(file_facts(&fixture, "used.raw").await.starts_with("600 64055 64055 1 "));
-    let id = text(&fixture.attach(&["share/used", "c3"]).await, "/attachment_id").to_owned();
-    fixture.detach(&id).await;
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// The file of a volume in use was moved and a link put in its place: what the link leads to is neither read nor written, and
+    /// the guest goes on with its own file.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_link_in_the_place_of_a_file_in_use_leads_nobody_astray() {
+        let fixture = Fixture::new().await;
+        let storage = &fixture.lab.storage;
+        let serial = text(&fixture.volume("share/used").await, "/serial").to_owned();
+        let id = text(&fixture.attach(&["share/used", "c2"]).await, "/attachment_id").to_owned();
+        let disk = fixture.sees("c2", &serial).await;
+        storage
+            .run(&format!(
+                "cd {SHARE} && echo precious >/run/target && mv used.raw away && ln -s /run/target used.raw"
+            ))
+            .await
+            .unwrap();
+        let (_, error) = fixture.tether.error(&["volume", "extend", "share/used", "32M"]).await.unwrap();
+        assert!(["WRONG_DEVICE", "NOT_OURS"].contains(&text(&error, "/reason")), "{error:#}");
+        assert_eq!(storage.run("cat /run/target").await.unwrap(), "precious\n");
+        fixture.lab.guest("c2").unwrap().write(&disk, "used", 1 << 20).await.unwrap();
+        fixture.detach(&id).await;
+        fixture.lab.guest("c2").unwrap().wait_gone(&serial, SEEN).await.unwrap();
+        fixture.assert_nothing_left("after the detach").await;
+        storage.run(&format!("cd {SHARE} && rm used.raw && mv away used.raw")).await.unwrap();
+        assert!(file_facts(&fixture, "used.raw").await.starts_with("600 64055 64055 1 "));
+        let id = text(&fixture.attach(&["share/used", "c3"]).await, "/attachment_id").to_owned();
+        fixture.detach(&id).await;
+    }
 
     /// A full share: an allocated volume is refused and leaves nothing; a guest that needs more room than there is pauses, alone,
     /// and goes on when there is room again.

@@ -50,7 +50,7 @@ fn write_disk(writer: &mut Writer<Vec<u8>>, plan: &DiskPlan) -> std::io::Result<
             ("type", format.as_str()),
             ("cache", options.cache.as_str()),
             ("io", plan.io().as_str()),
-            ("discard", options.discard.as_str()),
+            ("discard", plan.discard().as_str()),
         ];
         if kind == "file" {
             driver.extend([("error_policy", "stop"), ("rerror_policy", "stop")]);
@@ -134,6 +134,7 @@ fn check_device_path(path: &str, kind: DiskKind) -> Result<(), DomainXmlError> {
 mod tests {
     use super::super::round_trips::plan;
     use super::*;
+    use tether_proto::{DiskDiscard, DiskOptions};
 
     #[test]
     fn f4_the_element_says_raw_and_all_that_was_asked_for() {
@@ -155,8 +156,7 @@ mod tests {
     fn f4_a_file_has_its_stored_format_no_backing_file_and_keeps_its_owner() {
         let path = "/var/lib/tether/compute-agent/mnt/0f/v1.qcow2".to_owned();
         let plan = DiskPlan { device_path: path, kind: DiskKind::File(VolumeFormat::Qcow2), ..plan() };
-        let plan =
-            DiskPlan { options: tether_proto::DiskOptions { io: None, ..plan.options.clone() }, ..plan };
+        let plan = DiskPlan { options: DiskOptions { io: None, ..plan.options.clone() }, ..plan };
         assert_eq!(
             disk_element(&plan).unwrap(),
             "<disk type=\"file\" device=\"disk\">\
@@ -170,6 +170,15 @@ mod tests {
              <address type=\"pci\" domain=\"0x0000\" bus=\"0x07\" slot=\"0x00\" function=\"0x0\"/>\
              </disk>"
         );
+    }
+
+    #[test]
+    fn a_file_keeps_its_space_unless_discards_are_asked_for() {
+        let discard = |plan: &DiskPlan| disk_element(plan).unwrap().contains("discard=\"unmap\"");
+        let thick = DiskPlan { keep_allocated: true, ..plan() };
+        assert!(discard(&plan()) && !discard(&thick));
+        let options = DiskOptions { discard: Some(DiskDiscard::Unmap), ..thick.options.clone() };
+        assert!(discard(&DiskPlan { options, ..thick }));
     }
 
     #[test]

@@ -15,7 +15,7 @@ mod place_tests;
 mod round_trips;
 
 use serde::{Deserialize, Serialize};
-use tether_proto::{AttachmentId, DiskIo, DiskOptions, Serial, TargetDevice, VolumeFormat};
+use tether_proto::{AttachmentId, DiskDiscard, DiskIo, DiskOptions, Serial, TargetDevice, VolumeFormat};
 
 pub(crate) use disk::{ALIAS_PREFIX, alias_of, attachment_of, disk_element};
 #[cfg(test)]
@@ -54,6 +54,9 @@ pub(crate) struct DiskPlan {
     /// Other hosts may have the volume, too, and write.
     #[serde(default)]
     pub(crate) shareable: bool,
+    /// It is a file whose space is all taken, and stays so.
+    #[serde(default)]
+    pub(crate) keep_allocated: bool,
     /// The name in the domain.
     pub(crate) target_device: TargetDevice,
     /// The place on the guest's bus.
@@ -66,6 +69,13 @@ impl DiskPlan {
     pub(crate) fn io(&self) -> DiskIo {
         let native = self.kind == DiskKind::Block && self.options.cache.is_direct();
         self.options.io.unwrap_or(if native { DiskIo::Native } else { DiskIo::Threads })
+    }
+
+    /// What becomes of the guest's discards. QEMU would punch holes into a file, mkfs discards all of a disk, and the next to
+    /// need the room would take it.
+    pub(crate) fn discard(&self) -> DiskDiscard {
+        let left_out = if self.keep_allocated { DiskDiscard::Ignore } else { DiskDiscard::Unmap };
+        self.options.discard.unwrap_or(left_out)
     }
 }
 

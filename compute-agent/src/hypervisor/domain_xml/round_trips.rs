@@ -20,7 +20,7 @@ pub(super) fn plan() -> DiskPlan {
             target_device: None,
             cache: DiskCache::None,
             io: Some(DiskIo::Native),
-            discard: DiskDiscard::Unmap,
+            discard: None,
             read_only: false,
             serial: None,
             live_only: false,
@@ -30,6 +30,7 @@ pub(super) fn plan() -> DiskPlan {
         serial: "vol-1".parse().unwrap(),
         read_only: false,
         shareable: false,
+        keep_allocated: false,
         target_device: "vdb".parse().unwrap(),
         address: DiskAddress::Pci { domain: 0, bus: 7, slot: 0, function: 0 },
     }
@@ -69,7 +70,7 @@ fn plans() -> impl Strategy<Value = DiskPlan> {
             Just(DiskCache::Directsync)
         ],
         prop::option::of(prop_oneof![Just(DiskIo::Native), Just(DiskIo::Threads), Just(DiskIo::IoUring)]),
-        prop_oneof![Just(DiskDiscard::Unmap), Just(DiskDiscard::Ignore)],
+        prop::option::of(prop_oneof![Just(DiskDiscard::Unmap), Just(DiskDiscard::Ignore)]),
         any::<bool>(),
     );
     let kind = prop_oneof![
@@ -92,6 +93,7 @@ fn plans() -> impl Strategy<Value = DiskPlan> {
                 serial: serial.parse().unwrap(),
                 read_only: export,
                 shareable: !export,
+                keep_allocated: export,
                 target_device: TargetDevice::at(bus, index).unwrap(),
                 address,
             }
@@ -170,7 +172,7 @@ proptest! {
         let options = &plan.options;
         prop_assert_eq!(
             driver,
-            (Some(options.cache.as_str()), Some(plan.io().as_str()), Some(options.discard.as_str()))
+            (Some(options.cache.as_str()), Some(plan.io().as_str()), Some(plan.discard().as_str()))
         );
     }
 

@@ -307,6 +307,7 @@ impl StorageAgent for FakeStorageAgent {
                 format: volume.format,
                 inode: 7,
                 file_system_id: "5a5a5a5a-0000-4000-8000-000000000001".into(),
+                keep_allocated: false,
             }),
             false => wire::connection_info::Transport::Iscsi(wire::IscsiConnection {
                 target_iqn: export.target_iqn.clone(),

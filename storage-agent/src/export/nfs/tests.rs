@@ -31,6 +31,7 @@ fn record(number: u8, phase: Phase, access_mode: AccessMode, addresses: &[&str])
         format: Default::default(),
         inode: 12,
         file_system_id: "67e55044-10b1-426f-9247-bb680e5fe0c8".parse().unwrap(),
+        keep_allocated: false,
     };
     let connector = connector(addresses);
     let export = Export {
