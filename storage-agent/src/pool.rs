@@ -196,6 +196,20 @@ impl Pools {
             }
             .into());
         }
+        let owner = directory.owner();
+        if let Some(of) = known.as_ref().and_then(|record| record.owner).filter(|of| *of != owner) {
+            // Its files and the lines of its exports are the first one's: guests would lose their disks.
+            return Err(DirectoryError::Unfit {
+                path: directory.path().to_string(),
+                problem: format!(
+                    "has files of uid {} and gid {}, and pool {name} is configured with {} and {} now",
+                    of.0, of.1, owner.0, owner.1
+                ),
+                mend: "put owner_uid and owner_gid back into the agent's config; another owner needs a pool of another name"
+                    .into(),
+            }
+            .into());
+        }
         let identity = directory.check(known.as_ref().map(|record| record.identity))?;
         match known {
             Some(record) => Ok((record, true)),
@@ -207,7 +221,8 @@ impl Pools {
             None => {
                 let file_system_id = FileSystemId::new(Uuid::new_v4())?;
                 let path = directory.path().clone();
-                Ok((DirectoryRecord { pool: name.clone(), path, identity, file_system_id }, false))
+                let pool = name.clone();
+                Ok((DirectoryRecord { pool, path, identity, file_system_id, owner: Some(owner) }, false))
             }
         }
     }
@@ -289,6 +304,7 @@ mod tests {
             path: directory.path().clone(),
             identity: crate::directory::FileIdentity::of(&metadata),
             file_system_id: FileSystemId::new(Uuid::from_u128(1)).unwrap(),
+            owner: Some((64055, 64055)),
         };
         let pools = pools(&state);
         pools.directories.put(name.as_str(), &record).unwrap();
@@ -297,6 +313,9 @@ mod tests {
         assert!(refused.message.contains("is its file system mounted?"), "{refused}");
         let refused = pools.use_directory(&name, &other).await.unwrap_err();
         assert!(refused.message.contains("was used with"), "{refused}");
+        let others = Directory::new(directory.path().clone(), 64055, 64056, Stuck::default());
+        let refused = pools.use_directory(&name, &others).await.unwrap_err();
+        assert!(refused.message.contains("gid 64055"), "{refused}");
     }
 
     /// F20: two first volumes at once.
@@ -311,7 +330,8 @@ mod tests {
                 .map(|number| {
                     let file_system_id = FileSystemId::new(Uuid::from_u128(number)).unwrap();
                     let path = "/srv/share".parse().unwrap();
-                    let record = DirectoryRecord { pool: name.clone(), path, identity, file_system_id };
+                    let record =
+                        DirectoryRecord { pool: name.clone(), path, identity, file_system_id, owner: None };
                     let (pools, name, ready) = (&pools, &name, &ready);
                     scope.spawn(move || {
                         ready.wait();

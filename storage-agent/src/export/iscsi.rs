@@ -219,7 +219,8 @@ impl Iscsi {
             loop {
                 pace.tick().await;
                 let (lio, iqn, name) = (lio.clone(), iqn.clone(), initiator.clone());
-                if !blocking(KERNEL_DEADLINE, move || lio.connected(&iqn, &name)).await? {
+                let look = move || lio.connected(&iqn, &name);
+                if !steps.block("check-logged-out", KERNEL_DEADLINE, look).await? {
                     return Ok(());
                 }
                 if Instant::now() >= until {

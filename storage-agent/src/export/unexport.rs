@@ -77,16 +77,20 @@ impl Exports {
         self.initiators.leave(id);
     }
 
-    /// A qcow2 file that its hypervisor has grown to its end is extended, and from now on has no other size.
+    /// A file that its hypervisor has grown to its end, or that nobody can cut any more, from now on has no other size.
     async fn close_extension(&self, steps: &Steps, volume: &VolumeKey) -> Result<(), Failure> {
         let pool = self.pools.of(volume)?;
         let (Pool::Directory(directory), Some(record)) = (pool, self.pools.file(volume)) else {
             return Ok(());
         };
-        if record.extending_to.is_none() || record.format != VolumeFormat::Qcow2 {
+        let place = pool.place(&volume.volume);
+        let is_open = match record.format {
+            VolumeFormat::Qcow2 => record.extending_to.is_some(),
+            VolumeFormat::Raw => record.grown_from.is_some() && self.claims.exported_for(&place).is_empty(),
+        };
+        if !is_open {
             return Ok(());
         }
-        let place = pool.place(&volume.volume);
         self.claims.begin_extension(&place)?;
         let closed = async {
             let file = find::file(&self.pools, directory, volume).await?;
@@ -94,7 +98,10 @@ impl Exports {
                 return Ok(());
             }
             let (pools, size) = (self.pools.clone(), file.exported_size());
-            let whole = FileRecord { size, extending_to: None, ..file.record };
+            let whole = match record.format {
+                VolumeFormat::Qcow2 => FileRecord { size, extending_to: None, ..file.record },
+                VolumeFormat::Raw => FileRecord { grown_from: None, ..file.record },
+            };
             let close = move || pools.files.put(&journal_key(&whole.volume), &whole);
             steps.run_blocking("close-extension", close).await
         };

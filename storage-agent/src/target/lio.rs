@@ -245,6 +245,9 @@ impl Lio {
         let (group, lun) = (self.group(&target.iqn), self.lun(&target.iqn));
         let acl = self.acl(&target.iqn, &target.initiator);
         let mut values = vec![(self.backstore(&target.backstore).join("enable"), "1")];
+        if target.discard {
+            values.push((self.backstore(&target.backstore).join("attrib/emulate_tpu"), "1"));
+        }
         values.extend(GROUP.map(|(attribute, value)| (group.join(attribute), value)));
         values.extend([
             (acl.join("auth/userid"), target.chap_username.as_str()),

@@ -9,7 +9,7 @@ pub(crate) use extend::settle;
 use tether_agent_core::command::CommandLine;
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::qcow2;
-use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
+use tether_agent_core::steps::{KERNEL_DEADLINE, Steps};
 use tether_proto::wire::{self, OperationReport, Outcome};
 use tether_proto::{ByteSize, FileName, PoolName, VolumeFormat, VolumeKey};
 
@@ -293,17 +293,17 @@ async fn fill(
     steps: &Steps,
 ) -> Result<FileIdentity, Failure> {
     let (maker, called) = (directory.clone(), name.clone());
-    let (file, identity) = blocking(KERNEL_DEADLINE, move || maker.make(&called)).await?;
+    const STEP: &str = "create-file";
+    let (file, identity) = steps.block(STEP, KERNEL_DEADLINE, move || maker.make(&called)).await?;
     let (file, path, size) = (Arc::new(file), directory.unfinished(name), record.size);
     match (record.format, record.provisioning) {
         (VolumeFormat::Qcow2, _) => run(qcow2::create(&path, size.bytes(), directory.owner())).await?,
-        (VolumeFormat::Raw, Provisioning::Thin) => lengthen(&file, &path, size).await?,
+        (VolumeFormat::Raw, Provisioning::Thin) => lengthen(&file, &path, size, steps, STEP).await?,
         (VolumeFormat::Raw, Provisioning::Thick) => {
-            let progress = |progress| steps.progress("create-file", progress);
-            space::take(&file, &path, 0..size.bytes(), no_room, progress).await?;
+            space::take(&file, &path, 0..size.bytes(), no_room, steps, STEP).await?;
         }
     }
-    blocking(KERNEL_DEADLINE, move || sync(&file, &path)).await?;
+    steps.block(STEP, KERNEL_DEADLINE, move || sync(&file, &path)).await?;
     Ok(identity)
 }
 
@@ -313,9 +313,15 @@ async fn run(tool: CommandLine) -> Result<(), DirectoryError> {
     Ok(())
 }
 
-async fn lengthen(file: &Arc<File>, path: &std::path::Path, size: ByteSize) -> Result<(), Failure> {
+async fn lengthen(
+    file: &Arc<File>,
+    path: &std::path::Path,
+    size: ByteSize,
+    steps: &Steps,
+    step: &'static str,
+) -> Result<(), Failure> {
     let (file, path) = (file.clone(), path.to_owned());
-    blocking(KERNEL_DEADLINE, move || set_length(&file, &path, size.bytes())).await
+    steps.block(step, KERNEL_DEADLINE, move || set_length(&file, &path, size.bytes())).await
 }
 
 /// What a directory has; says how the space of a new file is had.

@@ -74,6 +74,8 @@ pub(crate) async fn file(
         None if found.size > record.size.bytes() => {
             FileRecord { extending_to: Some(ByteSize::try_from(found.size)?), ..record }
         }
+        // A hypervisor cut it to an earlier size: the extension is to be made good.
+        None if found.size < record.size.bytes() => FileRecord { extending_to: Some(record.size), ..record },
         _ => record,
     };
     Ok(FoundFile { record, name, directory: directory_record, found })

@@ -22,6 +22,9 @@ pub(crate) struct DirectoryRecord {
     pub(crate) identity: FileIdentity,
     /// What the NFS server shows as the id of its file system. Made at random, so a share with it is ours.
     pub(crate) file_system_id: FileSystemId,
+    /// Whose the files are, uid and gid. Records of the first agents do not say.
+    #[serde(default)]
+    pub(crate) owner: Option<(u32, u32)>,
 }
 
 /// Where a file is in its life.
@@ -59,6 +62,10 @@ pub(crate) struct FileRecord {
     /// An extension to this size has begun and is not seen done: a raw file has any size up to it. With a size that is told
     /// already it is a qcow2 file that the compute host will make larger, or has, as far as its caller said.
     pub(crate) extending_to: Option<ByteSize>,
+    /// The size of a raw file before it was extended under a hypervisor. QEMU sets the file's length when it is told of a size: told
+    /// late of one that is past, it cuts the file, and the same extension makes that good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) grown_from: Option<ByteSize>,
 }
 
 impl FileRecord {
@@ -80,6 +87,7 @@ impl FileRecord {
             identity: None,
             multi_attach,
             extending_to: None,
+            grown_from: None,
         }
     }
 
@@ -115,9 +123,10 @@ impl FileRecord {
     /// word alone, which may be another than the word that was given here: the file is the same, by its inode.
     pub(crate) fn check_size(&self, found: u64) -> Result<(), String> {
         let told = self.size.bytes();
+        let least = self.grown_from.map_or(told, ByteSize::bytes);
         let fits = match (self.extending_to.map(ByteSize::bytes), self.format) {
-            (None, VolumeFormat::Raw) => found == told,
-            (Some(most), VolumeFormat::Raw) => (told..=most).contains(&found),
+            (None, VolumeFormat::Raw) => (least..=told).contains(&found),
+            (Some(most), VolumeFormat::Raw) => (least..=most).contains(&found),
             (None, VolumeFormat::Qcow2) => found >= told,
             // How far the compute host is cannot be seen here.
             (Some(_), VolumeFormat::Qcow2) => true,
@@ -198,14 +207,17 @@ mod tests {
     #[test]
     fn a_file_has_its_recorded_size_or_one_that_an_extension_gives_it() {
         use VolumeFormat::{Qcow2, Raw};
-        for (format, extending_to, fits, does_not) in [
-            (Raw, None, &[100][..], &[99, 101][..]),
-            (Raw, Some(200), &[100, 150, 200], &[99, 201]),
-            (Qcow2, None, &[100, 101], &[99]),
-            (Qcow2, Some(200), &[50, 100, 200, 201], &[]),
+        for (format, grown_from, extending_to, fits, does_not) in [
+            (Raw, None, None, &[100][..], &[99, 101][..]),
+            (Raw, None, Some(200), &[100, 150, 200], &[99, 201]),
+            (Raw, Some(50), None, &[50, 100], &[49, 101]),
+            (Raw, Some(50), Some(200), &[50, 200], &[49, 201]),
+            (Qcow2, None, None, &[100, 101], &[99]),
+            (Qcow2, None, Some(200), &[50, 100, 200, 201], &[]),
         ] {
-            let extending_to = extending_to.map(|size| ByteSize::try_from(size).unwrap());
-            let record = FileRecord { extending_to, ..record(format) };
+            let [grown_from, extending_to] =
+                [grown_from, extending_to].map(|size| size.map(|size| ByteSize::try_from(size).unwrap()));
+            let record = FileRecord { grown_from, extending_to, ..record(format) };
             assert!(fits.iter().all(|size| record.check_size(*size).is_ok()), "{record:?}");
             assert!(does_not.iter().all(|size| record.check_size(*size).is_err()), "{record:?}");
         }

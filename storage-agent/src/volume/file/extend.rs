@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tether_agent_core::failure::Failure;
 use tether_agent_core::qcow2;
-use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
+use tether_agent_core::steps::{KERNEL_DEADLINE, Steps};
 use tether_proto::wire::{OperationReport, Outcome};
 use tether_proto::{ByteSize, VolumeFormat, VolumeKey};
 
@@ -56,10 +56,12 @@ impl Volumes {
             self.write_file_record(steps, "close-journal", &told).await?;
             told
         } else {
-            let done = FileRecord { size, extending_to: None, ..record.clone() };
+            let grown_from = exported.then(|| record.grown_from.unwrap_or(record.size));
+            let grown_from = grown_from.filter(|_| record.format == VolumeFormat::Raw);
+            let done = FileRecord { size, extending_to: None, grown_from, ..record.clone() };
             let made = async {
                 self.write_file_record(steps, "write-journal", &pending).await?;
-                steps.run("extend-volume", grow(directory, &file, size, steps)).await?;
+                steps.run("extend-volume", grow(directory, &file, size, steps, "extend-volume")).await?;
                 steps.run("verify-volume", find::measure(directory, &done)).await?;
                 self.write_file_record(steps, "close-journal", &done).await
             };
@@ -116,7 +118,7 @@ impl Volumes {
         let record = &before.record;
         let undo = async {
             if record.format == VolumeFormat::Raw {
-                steps.run("undo-extend-volume", shrink(directory, before)).await?;
+                steps.run("undo-extend-volume", shrink(directory, before, steps)).await?;
             } else {
                 let (_, found) = find::measure(directory, &pending).await?;
                 if found.size != before.found.size {
@@ -143,39 +145,46 @@ pub(crate) async fn settle(
     // What has grown already stays so, and needs no more room.
     let size = ByteSize::try_from(file.record.size.bytes().max(file.found.size))?;
     let size = round_up(size, UNIT)?;
-    grow(directory, file, size, steps).await?;
-    let record = FileRecord { size, extending_to: None, ..file.record.clone() };
+    const STEP: &str = "finish-extension";
+    grow(directory, file, size, steps, STEP).await?;
+    let record = FileRecord { size, extending_to: None, grown_from: None, ..file.record.clone() };
     find::measure(directory, &record).await?;
     let (pools, settled) = (pools.clone(), record.clone());
     let put = move || pools.files.put(&journal_key(&settled.volume), &settled);
-    blocking(KERNEL_DEADLINE, put).await?;
+    steps.block(STEP, KERNEL_DEADLINE, put).await?;
     Ok(record)
 }
 
-async fn grow(directory: &Directory, file: &FoundFile, size: ByteSize, steps: &Steps) -> Result<(), Failure> {
+async fn grow(
+    directory: &Directory,
+    file: &FoundFile,
+    size: ByteSize,
+    steps: &Steps,
+    step: &'static str,
+) -> Result<(), Failure> {
     let path = directory.file(&file.name);
     if file.found.size == size.bytes() {
         return Ok(());
     }
     let (opener, name) = (directory.clone(), file.name.clone());
-    let opened = Arc::new(blocking(KERNEL_DEADLINE, move || opener.open(&name)).await?);
+    let opened = Arc::new(steps.block(step, KERNEL_DEADLINE, move || opener.open(&name)).await?);
     match (file.record.format, file.record.provisioning) {
         (VolumeFormat::Qcow2, _) => run(qcow2::resize(&path, size.bytes(), directory.owner())).await?,
-        (VolumeFormat::Raw, Provisioning::Thin) => lengthen(&opened, &path, size).await?,
+        (VolumeFormat::Raw, Provisioning::Thin) => lengthen(&opened, &path, size, steps, step).await?,
         (VolumeFormat::Raw, Provisioning::Thick) => {
-            let progress = |progress| steps.progress("extend-volume", progress);
-            space::take(&opened, &path, file.found.size..size.bytes(), no_room, progress).await?;
+            space::take(&opened, &path, file.found.size..size.bytes(), no_room, steps, step).await?;
         }
     }
-    blocking(KERNEL_DEADLINE, move || sync(&opened, &path)).await
+    steps.block(step, KERNEL_DEADLINE, move || sync(&opened, &path)).await
 }
 
 /// Gives a raw file the length back that it had when the call began.
-async fn shrink(directory: &Directory, before: &FoundFile) -> Result<(), Failure> {
+async fn shrink(directory: &Directory, before: &FoundFile, steps: &Steps) -> Result<(), Failure> {
+    const STEP: &str = "undo-extend-volume";
     let (opener, name) = (directory.clone(), before.name.clone());
-    let opened = Arc::new(blocking(KERNEL_DEADLINE, move || opener.open(&name)).await?);
+    let opened = Arc::new(steps.block(STEP, KERNEL_DEADLINE, move || opener.open(&name)).await?);
     let path: &Path = &directory.file(&before.name);
-    lengthen(&opened, path, ByteSize::try_from(before.found.size)?).await?;
+    lengthen(&opened, path, ByteSize::try_from(before.found.size)?, steps, STEP).await?;
     let path = path.to_owned();
-    blocking(KERNEL_DEADLINE, move || sync(&opened, &path)).await
+    steps.block(STEP, KERNEL_DEADLINE, move || sync(&opened, &path)).await
 }
