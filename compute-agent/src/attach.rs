@@ -90,7 +90,14 @@ impl Attachments {
                 Ok((outcome, status))
             }
             Err(failure) if in_use => Err(failure),
-            Err(failure) => Err(self.undo(steps, id, attachment, failure).await),
+            Err(failure) => {
+                let failure = self.undo(steps, id, attachment, fresh, failure).await;
+                // What has no record has nothing any more. A write that hangs may still bring one.
+                if failure.reason != Reason::Stuck && self.journal.get(&id.to_string()).is_none() {
+                    self.release(id);
+                }
+                Err(failure)
+            }
         }
     }
 
@@ -202,6 +209,7 @@ impl Attachments {
         steps: &Steps,
         id: AttachmentId,
         attachment: Attachment,
+        fresh: bool,
         mut failure: Failure,
     ) -> Failure {
         if matches!(failure.reason, Reason::OutcomeUnknown | Reason::Stuck) {
@@ -216,7 +224,7 @@ impl Attachments {
             {
                 failure.undo.push(error.to_string());
             }
-            if attachment.plan.is_some() {
+            if attachment.plan.is_some() || !fresh {
                 failure.undo.push("what an earlier call made stays, and is recorded".to_owned());
                 return failure;
             }
@@ -231,14 +239,11 @@ impl Attachments {
         self.forget(steps, id, failure).await
     }
 
-    /// The last step of an undo: no record, no claim.
+    /// The last step of an undo: no record.
     async fn forget(&self, steps: &Steps, id: AttachmentId, mut failure: Failure) -> Failure {
         let (journal, key) = (self.journal.clone(), id.to_string());
-        if let Err(error) = steps.run_blocking("undo-write-journal", move || journal.remove(&key)).await {
-            failure.undo.push(error.to_string());
-            return failure;
-        }
-        self.release(id);
+        let removed = steps.run_blocking("undo-write-journal", move || journal.remove(&key)).await;
+        failure.undo.extend(removed.err().map(|error| error.to_string()));
         failure
     }
 }
@@ -357,12 +362,12 @@ fn plan(
         serial: attachment.serial(),
         read_only: attachment.connection.access_mode == AccessMode::ReadOnly,
         shareable: attachment.connection.multi_attach,
+        keep_allocated: attachment.connection.transport.keeps_allocated(),
         target_device,
         address,
     })
 }
 
-        keep_allocated: attachment.connection.transport.keeps_allocated(),
 fn new_attachment(
     requested_domain: DomainName,
     state: &DomainState,

@@ -229,7 +229,14 @@ impl Attachments {
             let Some(attachment) = &record.attachment else { continue };
             let views = match domains.entry(attachment.domain_uuid) {
                 Entry::Occupied(entry) => entry.into_mut(),
-                Entry::Vacant(entry) => entry.insert(self.views_of(attachment).await?),
+                Entry::Vacant(entry) => entry.insert(match self.views_of(attachment).await {
+                    // One domain that nobody understands hides no other.
+                    Err(failure) if failure.reason == Reason::DomainUnsuitable => {
+                        tracing::warn!(domain = %attachment.domain_name, error = %failure, "its XML cannot be read");
+                        Views { live: None, persistent: None }
+                    }
+                    views => views?,
+                }),
             };
             statuses.push(self.status(record.id, record.phase, attachment, views)?);
         }
@@ -328,6 +335,7 @@ impl Attachments {
                     Some(session) => {
                         portal = session.portal().map_err(unreadable)?;
                         session.logged_in().map_err(unreadable)?
+                            && session.disk().map_err(unreadable)?.is_some()
                     }
                     None => false,
                 }

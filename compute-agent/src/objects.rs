@@ -79,7 +79,14 @@ impl Attachments {
     async fn disk_objects(&self, records: &[AttachmentRecord]) -> Result<Vec<HostObject>, Failure> {
         let mut objects = BTreeMap::new();
         for state in self.libvirt.list().await.map_err(|error| Failure::from(error).at("list-domains"))? {
-            let views = Views::of(&state).map_err(|failure| failure.at("list-domains"))?;
+            // One domain that nobody understands hides no other.
+            let views = match Views::of(&state) {
+                Ok(views) => views,
+                Err(failure) => {
+                    tracing::warn!(domain = %state.name, error = %failure, "its XML cannot be read");
+                    continue;
+                }
+            };
             for disk in [views.live, views.persistent].into_iter().flatten().flat_map(|view| view.disks) {
                 let alias = disk.alias.clone().unwrap_or_default();
                 let name = format!("{} {}", state.name, disk.target_device);

@@ -57,7 +57,12 @@ impl Attachments {
         known: Known,
     ) -> Result<HostDisk, Failure> {
         let (session, connected) = self.session(steps, id, attachment, iscsi, known).await?;
-        let disk = self.find_disk(steps, &session).await?;
+        let disk = match session.disk().map_err(unreadable)? {
+            Some(disk) => disk,
+            // A scan would bring a new device; QEMU holds on to the old one, which is dead.
+            None if known.in_live => return Err(dead_disk(id, attachment, "that is gone").at("scan")),
+            None => self.find_disk(steps, &session).await?,
+        };
         let (wwn, sizes) = (iscsi.wwn, known.sizes(attachment.connection.size));
         let (sysfs, verified, name) = (self.sysfs.clone(), session, disk.clone());
         let size = steps
@@ -104,12 +109,7 @@ impl Attachments {
         }
         if known.in_live {
             // A new session would bring a new device; QEMU holds on to the old one, which is dead.
-            return Err(Failure::new(
-                Reason::DeviceInUse,
-                format!("domain {} still has the disk of a session that has ended", attachment.domain_name),
-            )
-            .at("login")
-            .next(format!("detach it, then attach anew: tether detach {id}")));
+            return Err(dead_disk(id, attachment, "of a session that has ended").at("login"));
         }
         let portal = steps.run("probe-portals", iscsi::probe(&iscsi.portals)).await?;
         let (nodes, connection) = (self.nodes.clone(), iscsi.clone());
@@ -143,11 +143,8 @@ impl Attachments {
         Ok((session, true))
     }
 
-    /// The disk behind a session.
+    /// The disk behind a session that shows none yet.
     async fn find_disk(&self, steps: &Steps, session: &Session) -> Result<String, Failure> {
-        if let Some(disk) = session.disk().map_err(unreadable)? {
-            return Ok(disk);
-        }
         let mut events = self.events.subscribe();
         let (sysfs, scanned) = (self.sysfs.clone(), session.clone());
         steps.run_blocking("scan", move || device::scan(&sysfs, &scanned)).await?;
@@ -214,9 +211,12 @@ impl Attachments {
                 if self.events.subscribe().wait_until(RECOVERY_DEADLINE, back).await.is_some() {
                     return Ok(());
                 }
-                match iscsi::probe(&iscsi.portals).await {
+                // open-iscsi tries the portal of the session and no other: that another answers says nothing of this path.
+                let own = session.portal().map_err(unreadable)?;
+                let asked = own.map_or_else(|| iscsi.portals.clone(), |portal| vec![portal]);
+                match iscsi::probe(&asked).await {
                     Ok(_) => {}
-                    // The host answers on every portal, and says that nobody listens.
+                    // The host answers, and says that nobody listens.
                     Err(error) if error.is_refused() => {}
                     Err(error) => {
                         let next = "the guest's last writes may still reach the storage: bring the storage host back, \
@@ -349,4 +349,11 @@ impl Attachments {
         let (nodes, target) = (self.nodes.clone(), iscsi.target_iqn.clone());
         steps.run_blocking("delete-node-record", move || node_record::delete(&nodes, &target).map(drop)).await
     }
+}
+
+/// The running domain has a device that is no more, and would not take another in its place.
+fn dead_disk(id: AttachmentId, attachment: &Attachment, which: &str) -> Failure {
+    let message = format!("domain {} still has the disk {which}", attachment.domain_name);
+    Failure::new(Reason::DeviceInUse, message)
+        .next(format!("detach it, then attach anew: tether detach {id}"))
 }

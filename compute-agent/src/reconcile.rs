@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::force::Force;
@@ -16,7 +16,7 @@ use tether_agent_core::reconcile::{Findings, TombstoneDays, several};
 use tether_agent_core::steps::Steps;
 use tether_proto::wire::{Outcome, ReconcileAction, ReconcileResponse};
 use tether_proto::{AttachmentId, Transport};
-use tokio::time::timeout;
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::attach::Known;
 use crate::attachments::Attachments;
@@ -25,6 +25,8 @@ use crate::record::{Attachment, AttachmentRecord, Phase};
 const OBJECT: &str = "attachment";
 /// How long guests' start may wait for storage after a boot. What takes longer goes on beside it.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// How often what failed is tried again meanwhile: a storage host that boots beside this one needs longer.
+const BOOT_RETRY: Duration = Duration::from_secs(2);
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// What is known of the domains.
@@ -64,13 +66,12 @@ impl Attachments {
                     && (record.phase == Phase::Attached || attachment.plan.is_some())
             })
         });
-        let (count, this) = (records.len(), self.clone());
-        let working = tokio::spawn(async move { this.work(Domains::Down, records).await.into_response() });
+        let (count, began) = (records.len(), Instant::now());
+        let working = tokio::spawn(self.clone().connect_all(records));
         match timeout(BOOT_DEADLINE, working).await {
-            Ok(Ok(found)) => tracing::info!(
+            Ok(Ok(())) => tracing::info!(
                 attachments = count,
-                failed = found.items.iter().filter(|item| !item.done).count(),
-                milliseconds = found.duration_microseconds / 1000,
+                milliseconds = began.elapsed().as_millis(),
                 "the host was booted: connected what its domains need"
             ),
             Ok(Err(error)) => tracing::error!(%error, "connecting after the boot died"),
@@ -81,6 +82,21 @@ impl Attachments {
         }
         if let Err(error) = remember(&file, &booted) {
             tracing::error!(%error, file = %file.display(), "the boot id cannot be written");
+        }
+    }
+
+    /// Tries until all are connected, or it has taken so long that domains go first.
+    async fn connect_all(self: Arc<Self>, mut records: Vec<AttachmentRecord>) {
+        let (began, mut pace) = (Instant::now(), interval(BOOT_RETRY));
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while !records.is_empty() && began.elapsed() < BOOT_DEADLINE {
+            pace.tick().await;
+            let found = self.work(Domains::Down, records.clone()).await.into_response();
+            let failed = |record: &AttachmentRecord| {
+                let key = record.id.to_string();
+                found.items.iter().any(|item| item.key == key && !item.done)
+            };
+            records.retain(failed);
         }
     }
 
@@ -184,9 +200,13 @@ impl Attachments {
             (Phase::Attaching, Some(attachment)) => {
                 let mut stops = Force::off();
                 self.take_away(steps, id, &attachment, self.guest_deadline, &mut stops).await?;
-                let journal = self.journal.clone();
-                steps.run_blocking("undo-write-journal", move || journal.remove(&key)).await?;
-                self.release(id);
+                let (journal, asked) = (self.journal.clone(), key.clone());
+                let removed = steps.run_blocking("undo-write-journal", move || journal.remove(&asked)).await;
+                // What has no record has nothing any more, whatever became of the step.
+                if self.journal.get(&key).is_none() {
+                    self.release(id);
+                }
+                removed?;
                 Ok(Outcome::Removed)
             }
             (Phase::Detaching, Some(_)) => {

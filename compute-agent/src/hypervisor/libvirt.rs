@@ -50,6 +50,9 @@ pub(crate) enum LibvirtError {
     /// Others were busy with the domain all the time.
     #[error("domain {domain} was busy for {} s", TURN_DEADLINE.as_secs())]
     Busy { domain: Uuid },
+    /// Somebody else's job at the domain did not end.
+    #[error("libvirt waited for another job at the domain: {message}")]
+    Held { message: String },
 }
 
 impl From<LibvirtError> for Failure {
@@ -58,7 +61,7 @@ impl From<LibvirtError> for Failure {
             LibvirtError::Unavailable { .. } | LibvirtError::Deadline { .. } => Reason::HypervisorUnavailable,
             LibvirtError::NoDomain { .. } => Reason::DomainNotFound,
             LibvirtError::Refused { .. } => Reason::HypervisorRefused,
-            LibvirtError::Busy { .. } => Reason::DomainBusy,
+            LibvirtError::Busy { .. } | LibvirtError::Held { .. } => Reason::DomainBusy,
         };
         Failure::from_error(reason, &error)
     }
@@ -330,10 +333,10 @@ impl Libvirt {
         };
         let work = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            work(&connection).map_err(|error| LibvirtError::Refused {
-                action,
-                message: error.message().to_owned(),
-                code: error.code().unwrap_or(ErrorNumber::InternalError),
+            work(&connection).map_err(|error| match error.code().unwrap_or(ErrorNumber::InternalError) {
+                // Another job had the domain for 30 s (libvirt's src/qemu/qemu_domainjob.c): nothing was begun.
+                ErrorNumber::OperationTimeout => LibvirtError::Held { message: error.message().to_owned() },
+                code => LibvirtError::Refused { action, message: error.message().to_owned(), code },
             })
         });
         match timeout(CALL_DEADLINE, work).await {
@@ -391,8 +394,8 @@ fn state(domain: &Domain) -> Result<DomainState, virt::error::Error> {
 
 /// Did the connection to libvirt break during a call?
 pub(crate) fn is_lost_connection(code: ErrorNumber) -> bool {
-    use ErrorNumber::{GnutlsError, InvalidConn, NoConnect, OperationTimeout, Rpc, SystemError};
-    matches!(code, GnutlsError | InvalidConn | NoConnect | OperationTimeout | Rpc | SystemError)
+    use ErrorNumber::{GnutlsError, InvalidConn, NoConnect, Rpc, SystemError};
+    matches!(code, GnutlsError | InvalidConn | NoConnect | Rpc | SystemError)
 }
 
 fn no_domain(error: LibvirtError, domain: &str) -> LibvirtError {

@@ -93,40 +93,6 @@ async fn f17_an_export_that_went_first_still_detaches_cleanly() {
     fixture.assert_nothing_left("after the detach").await;
 }
 
-/// The storage host is out of reach: nobody knows what became of the guest's last writes, so nothing is taken away. When
-/// it is back, the same call goes on.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_storage_host_that_is_away_keeps_the_disk_until_it_is_back() {
-    let fixture = Fixture::new().await;
-    let serial = text(&fixture.volume("thick/away").await, "/serial").to_owned();
-    let id = text(&fixture.attach(&["thick/away", "c2"]).await, "/attachment_id").to_owned();
-    let disk = fixture.sees("c2", &serial).await;
-    let compute = &fixture.lab.compute;
-    let lan = compute.run("ip -o addr show to 10.99.0.2 | awk '{print $2}'").await.unwrap();
-    let lan = lan.trim();
-    compute.run(&format!("ip link set {lan} down")).await.unwrap();
-    // open-iscsi notices by its pings: every 5 s, and 5 s until one counts as lost.
-    let lost = "until grep -qv LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done";
-    compute.run(lost).await.unwrap();
-    let (code, error) = fixture.tether.error(&["detach", &id]).await.unwrap();
-    assert_eq!(
-        (text(&error, "/reason"), text(&error, "/step"), code),
-        ("PORTAL_UNREACHABLE", "end-lost-session", 5),
-        "{error:#}"
-    );
-    assert!(text(&error, "/next").contains("bring the storage host back"), "{error:#}");
-    assert!(fixture.xml("c2", "").await.contains(&id), "the guest still has the disk");
-    compute.run(&format!("ip link set {lan} up")).await.unwrap();
-    compute
-        .run("until grep -q LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done")
-        .await
-        .unwrap();
-    fixture.lab.guest("c2").unwrap().write(&disk, "back", 1 << 20).await.unwrap();
-    fixture.tether.json(&["detach", &id]).await.unwrap();
-    fixture.assert_nothing_left("after the detach").await;
-}
-
 /// F39: a domain without room is told how many slots it has and what to add, before anything is touched.
 #[tokio::test]
 #[ignore = "lab"]
@@ -165,6 +131,81 @@ async fn f39_a_full_domain_is_told_what_to_add_before_anything_is_touched() {
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// The storage host is out of reach: nobody knows what became of the guest's last writes, so nothing is taken away. When
+    /// it is back, the same call goes on.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_storage_host_that_is_away_keeps_the_disk_until_it_is_back() {
+        let fixture = Fixture::new().await;
+        let serial = text(&fixture.volume("thick/away").await, "/serial").to_owned();
+        let id = text(&fixture.attach(&["thick/away", "c2"]).await, "/attachment_id").to_owned();
+        let disk = fixture.sees("c2", &serial).await;
+        let compute = &fixture.lab.compute;
+        let lan = compute.run("ip -o addr show to 10.99.0.2 | awk '{print $2}'").await.unwrap();
+        let lan = lan.trim();
+        compute.run(&format!("ip link set {lan} down")).await.unwrap();
+        // open-iscsi notices by its pings: every 5 s, and 5 s until one counts as lost.
+        let lost = "until grep -qv LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done";
+        compute.run(lost).await.unwrap();
+        let (code, error) = fixture.tether.error(&["detach", &id]).await.unwrap();
+        assert_eq!(
+            (text(&error, "/reason"), text(&error, "/step"), code),
+            ("PORTAL_UNREACHABLE", "end-lost-session", 5),
+            "{error:#}"
+        );
+        assert!(text(&error, "/next").contains("bring the storage host back"), "{error:#}");
+        assert!(fixture.xml("c2", "").await.contains(&id), "the guest still has the disk");
+        compute.run(&format!("ip link set {lan} up")).await.unwrap();
+        compute
+            .run("until grep -q LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done")
+            .await
+            .unwrap();
+        fixture.lab.guest("c2").unwrap().write(&disk, "back", 1 << 20).await.unwrap();
+        fixture.tether.json(&["detach", &id]).await.unwrap();
+        fixture.assert_nothing_left("after the detach").await;
+    }
+
+    /// The way to the session's portal is cut, and the storage host answers at another. open-iscsi tries the session's own alone,
+    /// so the disk stays: its target is not gone.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_portal_that_is_out_of_reach_beside_one_that_answers_keeps_the_disk() {
+        let fixture = Fixture::new().await;
+        let serial = text(&fixture.volume("thick/path").await, "/serial").to_owned();
+        let id = text(&fixture.attach(&["thick/path", "c2"]).await, "/attachment_id").to_owned();
+        let disk = fixture.sees("c2", &serial).await;
+        let compute = &fixture.lab.compute;
+        let portal =
+            text(&fixture.tether.json(&["show", &id]).await.unwrap(), "/attachment/portal").to_owned();
+        let address = portal.rsplit_once(':').unwrap().0.trim_matches(['[', ']']).to_owned();
+        let neighbour = |what: &str| {
+            format!(
+                "ip neigh replace {address} {what} dev $(ip -o route get {address} | grep -o 'dev [^ ]*' | cut -d' ' -f2)"
+            )
+        };
+        let mac = format!("ip neigh show {address} | grep -o 'lladdr [^ ]*' | head -n 1");
+        let mac = compute.run(&mac).await.unwrap();
+        compute.run(&neighbour("lladdr 02:00:00:00:00:77 nud permanent")).await.unwrap();
+        let lost = "until grep -qv LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done";
+        compute.run(lost).await.unwrap();
+        let (_, error) = fixture.tether.error(&["detach", &id]).await.unwrap();
+        assert_eq!(
+            (text(&error, "/reason"), text(&error, "/step")),
+            ("PORTAL_UNREACHABLE", "end-lost-session"),
+            "{error:#}"
+        );
+        assert!(text(&error, "/message").contains(&portal), "{error:#}");
+        assert!(fixture.xml("c2", "").await.contains(&id), "the guest still has the disk");
+        compute.run(&neighbour(&format!("{} nud reachable", mac.trim()))).await.unwrap();
+        compute
+            .run("until grep -q LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done")
+            .await
+            .unwrap();
+        fixture.lab.guest("c2").unwrap().write(&disk, "back", 1 << 20).await.unwrap();
+        fixture.tether.json(&["detach", &id]).await.unwrap();
+        fixture.assert_nothing_left("after the detach").await;
+    }
 
     /// A domain that was undefined while it had our disk: nothing to unplug, and the rest goes.
     #[tokio::test]

@@ -126,12 +126,6 @@ async fn storage_rebooted(down: Down) {
     fixture.assert_nothing_left("after the detaches").await;
 }
 
-#[tokio::test]
-#[ignore = "lab"]
-async fn f22_guests_go_on_when_the_storage_host_is_rebooted() {
-    storage_rebooted(Down::Cleanly).await;
-}
-
 /// F21: the hypervisor goes down and boots while a guest writes to a disk over each transport. The guest starts by itself and
 /// has both disks with each write that it was told of, and there is no device of another volume on the host. So does a domain that
 /// was asked for its disk and has not let go: its definition names it still.
@@ -217,6 +211,12 @@ mod long {
 
     #[tokio::test]
     #[ignore = "lab"]
+    async fn f22_guests_go_on_when_the_storage_host_is_rebooted() {
+        storage_rebooted(Down::Cleanly).await;
+    }
+
+    #[tokio::test]
+    #[ignore = "lab"]
     async fn f21_a_guest_that_starts_with_its_host_has_its_disks_after_a_reboot() {
         compute_rebooted(Down::Cleanly).await;
     }
@@ -231,6 +231,39 @@ mod long {
     #[ignore = "lab"]
     async fn f21_a_guest_that_starts_with_its_host_has_its_disks_after_a_power_cut() {
         compute_rebooted(Down::ByPowerCut).await;
+    }
+
+    /// F21: both hosts lose power at once. The storage host is there later than the hypervisor, whose domains wait for it.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f21_a_guest_that_starts_with_its_host_has_its_disk_after_both_hosts_lost_power() {
+        let fixture = Fixture::new().await;
+        let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
+        compute.run("virsh -q autostart c2").await.unwrap();
+        let guest = fixture.lab.guest("c2").unwrap();
+        let serial = text(&fixture.create("thick/both", "64M", &[]).await, "/serial").to_owned();
+        let id = text(&fixture.attach(&["thick/both", "c2"]).await, "/attachment_id").to_owned();
+        let disk = fixture.sees("c2", &serial).await;
+        let mut writer = Writer::start(guest.clone(), disk);
+        writer.more(4).await;
+        let (one, other) = tokio::join!(
+            fixture.lab.reboot(storage, Down::ByPowerCut),
+            fixture.lab.reboot(compute, Down::ByPowerCut)
+        );
+        one.unwrap();
+        other.unwrap();
+        guest.wait_up(Duration::from_secs(180)).await.expect("the guest starts by itself");
+        writer.task.abort();
+        let pieces = *writer.written.borrow();
+        println!("{pieces} pieces");
+        let disk = fixture.sees("c2", &serial).await;
+        assert_eq!(
+            guest.checksum(&disk, pieces * PIECE).await.unwrap(),
+            wanted(&fixture, pieces).await,
+            "each write that the guest was told of"
+        );
+        fixture.detach(&id).await;
+        fixture.assert_nothing_left("after the detach").await;
     }
 
     /// F31: the hypervisor is rebooted while the storage host is out of reach and a guest waits for its disk. It goes down and
