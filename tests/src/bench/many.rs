@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use serde::Serialize;
 use tether_proto::wire;
+use tether_proto::wire::compute_agent_client::ComputeAgentClient;
 use tokio::task::JoinSet;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
 use uuid::Uuid;
 
 use super::milliseconds;
@@ -22,6 +25,8 @@ const DOMAINS: usize = 4;
 const BLACK_HOLE: &str = "10.99.0.77";
 /// With how many exports an agent is started.
 const EXPORTS: [usize; 3] = [50, 100, 200];
+/// How often an attach is called when the answer is `UNAVAILABLE`, as any controller would.
+const CALLS: usize = 3;
 /// A start may take this, however slow the lab is.
 const START_DEADLINE: Duration = Duration::from_secs(300);
 
@@ -34,6 +39,8 @@ pub struct Batch {
     pub milliseconds: f64,
     /// How much of the compute host's processors was idle meanwhile, from 0 to 1: waiting.
     pub idle: f64,
+    /// How many calls were made again because the first said `UNAVAILABLE`.
+    pub repeated: usize,
 }
 
 /// The start of an agent.
@@ -89,8 +96,12 @@ impl std::fmt::Display for Many {
         let verdict = |is: f64, limit: f64| if is <= limit { "ok" } else { "TOO SLOW" };
         writeln!(f, "{ATTACHES} attaches over iSCSI to {DOMAINS} domains")?;
         for batch in &self.batches {
-            let idle = batch.idle * 100.0;
-            writeln!(f, "  {:<34} {:>8.0} ms   {idle:>3.0} % of it waiting", batch.what, batch.milliseconds)?;
+            let (idle, repeated) = (batch.idle * 100.0, batch.repeated);
+            writeln!(
+                f,
+                "  {:<34} {:>8.0} ms   {idle:>3.0} % of it waiting   {repeated} called again",
+                batch.what, batch.milliseconds
+            )?;
         }
         let (ratio, limit) = (self.ratio, self.limit);
         writeln!(f, "  in one go by in turn: {ratio:.2}   limit {limit:.1}   {}", verdict(ratio, limit))?;
@@ -163,11 +174,12 @@ impl Batches<'_> {
         let requests = self.export(count).await?;
         let before = processor_times(&self.lab.compute).await?;
         let began = Instant::now();
+        let mut repeated = 0;
         for request in requests.clone() {
-            self.tether.compute().await?.attach(request).await?;
+            repeated += attach(self.tether.compute().await?, request).await?;
         }
         let took = began.elapsed();
-        self.batch("in turn", took, before, &requests).await
+        self.batch("in turn", took, before, repeated, &requests).await
     }
 
     /// All at the same time. With a black hole, one more beside them, which has to fail and is not waited for.
@@ -188,11 +200,11 @@ impl Batches<'_> {
         let began = Instant::now();
         let mut attaching = JoinSet::new();
         for request in requests.clone() {
-            let mut compute = self.tether.compute().await?;
-            attaching.spawn(async move { compute.attach(request).await });
+            attaching.spawn(attach(self.tether.compute().await?, request));
         }
+        let mut repeated = 0;
         while let Some(attached) = attaching.join_next().await {
-            attached??;
+            repeated += attached??;
         }
         let took = began.elapsed();
         while let Some(failed) = failing.join_next().await {
@@ -200,7 +212,7 @@ impl Batches<'_> {
         }
         requests.extend(dead);
         let what = if black_hole { "in one go, beside a black hole" } else { "in one go" };
-        self.batch(what, took, before, &requests).await
+        self.batch(what, took, before, repeated, &requests).await
     }
 
     /// Exports the first volumes, and gives the attaches to make, spread over the domains.
@@ -234,6 +246,7 @@ impl Batches<'_> {
         what: &'static str,
         took: Duration,
         before: (u64, u64),
+        repeated: usize,
         requests: &[wire::AttachRequest],
     ) -> anyhow::Result<Batch> {
         let after = processor_times(&self.lab.compute).await?;
@@ -245,7 +258,25 @@ impl Batches<'_> {
             self.tether.storage().await?.unexport(unexport).await?;
         }
         let idle = share(after.0 - before.0, after.1 - before.1);
-        Ok(Batch { what, milliseconds: took.as_secs_f64() * 1000.0, idle })
+        Ok(Batch { what, milliseconds: took.as_secs_f64() * 1000.0, idle, repeated })
+    }
+}
+
+/// Attaches, and gives how many calls had to be made again: a host with too much to do at once lets a login wait too long, and
+/// says so.
+async fn attach(
+    mut compute: ComputeAgentClient<Channel>,
+    request: wire::AttachRequest,
+) -> Result<usize, Status> {
+    let mut repeated = 0;
+    loop {
+        match compute.attach(request.clone()).await {
+            Err(status) if status.code() == Code::Unavailable && repeated + 1 < CALLS => {
+                say(format_args!("called again after: {}", status.message()));
+                repeated += 1;
+            }
+            answer => return answer.map(|_| repeated),
+        }
     }
 }
 

@@ -127,55 +127,61 @@ async fn f24_a_lock_that_a_killed_iscsiadm_left_is_found_and_mended() {
     fixture.attach(&["thick/unlocked", "c2"]).await;
 }
 
-#[tokio::test]
-#[ignore = "lab"]
-async fn f42_two_hosts_with_one_initiator_name_are_found_and_mended() {
-    let fixture = Fixture::new().await;
-    fixture.volume("thick/cloned").await;
-    let connector =
-        fixture.tether.compute().await.unwrap().get_connector(wire::GetConnectorRequest {}).await.unwrap();
-    let clone = wire::Connector { hostname: "clone".into(), ..connector.into_inner() };
-    let (id, _) = export_to(&fixture, "thick/cloned", clone, wire::AccessMode::ReadWrite).await.unwrap();
-    found_and_mended(&fixture, &fixture.lab.compute, "initiator-names", "a host named clone").await;
-    unexport(&fixture, &id).await;
-    fixture.volume("thick/renamed").await;
-    fixture.attach(&["thick/renamed", "c2"]).await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
-async fn f10_a_guests_volume_group_on_an_attached_disk_is_found_and_hidden() {
-    let fixture = Fixture::new().await;
-    fixture.volume("thick/nested").await;
-    // What the guest would do with its disk, done where it is quick.
-    let inside = "--config 'devices { scan_lvs = 1 }'";
-    let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
-    storage
-        .run(&format!(
-            "set -e; lvchange -ay tether/nested; pvcreate -qq {inside} /dev/tether/nested; \
-             vgcreate -qq {inside} guestvg /dev/tether/nested; lvcreate -qq -y {inside} -Zn -Wn -l 1 -n inner guestvg; \
-             vgchange -qq -an {inside} guestvg"
-        ))
-        .await
-        .unwrap();
-    let attached = fixture.attach(&["thick/nested", "c2"]).await;
-    let (_, found) = doctor(&fixture).await;
-    assert_eq!(of(&found, "storage", "guests-volume-groups")["severity"], "ok", "{found:#}");
-    // What a boot, or udev, does on a host that nobody told otherwise.
-    compute.run("udevadm settle; vgchange -qq -ay guestvg; test -e /dev/guestvg/inner").await.unwrap();
-    found_and_mended(&fixture, compute, "guests-volume-groups", "guestvg of a guest on sd").await;
-    compute.run("test ! -e /dev/guestvg/inner").await.unwrap();
-    assert_eq!(compute.run("vgs --noheadings -o vg_name").await.unwrap().trim(), "");
-    // Nothing holds the disk any more, and it is hidden from the first moment when it comes again.
-    fixture.detach(text(&attached, "/attachment_id")).await;
-    fixture.attach(&["thick/nested", "c2"]).await;
-    compute.run("udevadm settle").await.unwrap();
-    assert_eq!(of(&doctor(&fixture).await.1, "compute", "guests-volume-groups")["severity"], "ok");
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f10_a_guests_volume_group_on_an_attached_disk_is_found_and_hidden() {
+        let fixture = Fixture::new().await;
+        fixture.volume("thick/nested").await;
+        // What the guest would do with its disk, done where it is quick.
+        let inside = "--config 'devices { scan_lvs = 1 }'";
+        let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
+        storage
+            .run(&format!(
+                "set -e; lvchange -ay tether/nested; pvcreate -qq {inside} /dev/tether/nested; \
+                 vgcreate -qq {inside} guestvg /dev/tether/nested; lvcreate -qq -y {inside} -Zn -Wn -l 1 -n inner guestvg; \
+                 vgchange -qq -an {inside} guestvg"
+            ))
+            .await
+            .unwrap();
+        let attached = fixture.attach(&["thick/nested", "c2"]).await;
+        let (_, found) = doctor(&fixture).await;
+        assert_eq!(of(&found, "storage", "guests-volume-groups")["severity"], "ok", "{found:#}");
+        // What a boot, or udev, does on a host that nobody told otherwise.
+        compute.run("udevadm settle; vgchange -qq -ay guestvg; test -e /dev/guestvg/inner").await.unwrap();
+        found_and_mended(&fixture, compute, "guests-volume-groups", "guestvg of a guest on sd").await;
+        compute.run("test ! -e /dev/guestvg/inner").await.unwrap();
+        assert_eq!(compute.run("vgs --noheadings -o vg_name").await.unwrap().trim(), "");
+        // Nothing holds the disk any more, and it is hidden from the first moment when it comes again.
+        fixture.detach(text(&attached, "/attachment_id")).await;
+        fixture.attach(&["thick/nested", "c2"]).await;
+        compute.run("udevadm settle").await.unwrap();
+        assert_eq!(of(&doctor(&fixture).await.1, "compute", "guests-volume-groups")["severity"], "ok");
+    }
+
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f42_two_hosts_with_one_initiator_name_are_found_and_mended() {
+        let fixture = Fixture::new().await;
+        fixture.volume("thick/cloned").await;
+        let connector = fixture
+            .tether
+            .compute()
+            .await
+            .unwrap()
+            .get_connector(wire::GetConnectorRequest {})
+            .await
+            .unwrap();
+        let clone = wire::Connector { hostname: "clone".into(), ..connector.into_inner() };
+        let (id, _) = export_to(&fixture, "thick/cloned", clone, wire::AccessMode::ReadWrite).await.unwrap();
+        found_and_mended(&fixture, &fixture.lab.compute, "initiator-names", "a host named clone").await;
+        unexport(&fixture, &id).await;
+        fixture.volume("thick/renamed").await;
+        fixture.attach(&["thick/renamed", "c2"]).await;
+    }
 
     #[tokio::test]
     #[ignore = "lab"]

@@ -163,49 +163,54 @@ async fn f5_an_extension_failing_at_any_step_shows_no_old_data_and_is_finished_b
     extend_failing("thick/longer").await;
 }
 
-/// Telling the guest fails at any step: it is told by the next call, and is none the worse.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_resize_failing_at_any_step_is_finished_by_the_next_call() {
-    let fixture = Fixture::new().await;
-    let compute = &fixture.lab.compute;
-    for (volume, options) in [("thin/told", &[][..]), ("share/told", &["--format", "qcow2"])] {
-        let serial = text(&fixture.create(volume, "16M", options).await, "/serial").to_owned();
-        let id = text(&fixture.attach(&[volume, "c2"]).await, "/attachment_id").to_owned();
-        let disk = fixture.sees("c2", &serial).await;
-        let guest = fixture.lab.guest("c2").unwrap();
-        guest.write(&disk, "kept", 1 << 20).await.unwrap();
-        let sum = guest.checksum(&disk, 16 << 20).await.unwrap();
-        let extend = async |size: u64| {
-            let (pool, volume) = volume.split_once('/').unwrap();
-            let request =
-                wire::ExtendVolumeRequest { pool: pool.into(), volume: volume.into(), size_bytes: size };
-            fixture.tether.storage().await.unwrap().extend_volume(request).await.expect("it is extended");
-        };
-        let resize = async |size: u64| {
-            let request = wire::ResizeAttachmentRequest { attachment_id: id.clone(), size_bytes: size };
-            fixture.tether.compute().await.unwrap().resize_attachment(request).await
-        };
-        let mut size = 20 << 20;
-        extend(size).await;
-        let report = resize(size).await.expect("it is told").into_inner().report;
-        let steps: Vec<String> =
-            crate::share::steps(report.as_ref()).into_iter().map(str::to_owned).collect();
-        assert!(steps.iter().any(|step| step == "resize-disk"), "{steps:?}");
-        for step in &steps {
-            for moment in moments(step) {
-                size += 4 << 20;
-                extend(size).await;
-                plant(compute, step, moment).await;
-                let failed = resize(size).await.expect_err("a planted fault");
-                mend(compute).await;
-                assert!(failed.message().contains("planted fault"), "{moment} {step}: {failed:?}");
-                resize(size).await.expect("the next call");
-                guest.wait_size(&serial, size, SEEN).await.unwrap();
-                assert_eq!(guest.checksum(&disk, 16 << 20).await.unwrap(), sum, "{moment} {step}");
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// Telling the guest fails at any step: it is told by the next call, and is none the worse.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_resize_failing_at_any_step_is_finished_by_the_next_call() {
+        let fixture = Fixture::new().await;
+        let compute = &fixture.lab.compute;
+        for (volume, options) in [("thin/told", &[][..]), ("share/told", &["--format", "qcow2"])] {
+            let serial = text(&fixture.create(volume, "16M", options).await, "/serial").to_owned();
+            let id = text(&fixture.attach(&[volume, "c2"]).await, "/attachment_id").to_owned();
+            let disk = fixture.sees("c2", &serial).await;
+            let guest = fixture.lab.guest("c2").unwrap();
+            guest.write(&disk, "kept", 1 << 20).await.unwrap();
+            let sum = guest.checksum(&disk, 16 << 20).await.unwrap();
+            let extend = async |size: u64| {
+                let (pool, volume) = volume.split_once('/').unwrap();
+                let request =
+                    wire::ExtendVolumeRequest { pool: pool.into(), volume: volume.into(), size_bytes: size };
+                fixture.tether.storage().await.unwrap().extend_volume(request).await.expect("it is extended");
+            };
+            let resize = async |size: u64| {
+                let request = wire::ResizeAttachmentRequest { attachment_id: id.clone(), size_bytes: size };
+                fixture.tether.compute().await.unwrap().resize_attachment(request).await
+            };
+            let mut size = 20 << 20;
+            extend(size).await;
+            let report = resize(size).await.expect("it is told").into_inner().report;
+            let steps: Vec<String> =
+                crate::share::steps(report.as_ref()).into_iter().map(str::to_owned).collect();
+            assert!(steps.iter().any(|step| step == "resize-disk"), "{steps:?}");
+            for step in &steps {
+                for moment in moments(step) {
+                    size += 4 << 20;
+                    extend(size).await;
+                    plant(compute, step, moment).await;
+                    let failed = resize(size).await.expect_err("a planted fault");
+                    mend(compute).await;
+                    assert!(failed.message().contains("planted fault"), "{moment} {step}: {failed:?}");
+                    resize(size).await.expect("the next call");
+                    guest.wait_size(&serial, size, SEEN).await.unwrap();
+                    assert_eq!(guest.checksum(&disk, 16 << 20).await.unwrap(), sum, "{moment} {step}");
+                }
             }
+            fixture.detach(&id).await;
+            assert_eq!(leftovers(&fixture.lab).await, "");
         }
-        fixture.detach(&id).await;
-        assert_eq!(leftovers(&fixture.lab).await, "");
     }
 }

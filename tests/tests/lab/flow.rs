@@ -155,39 +155,39 @@ async fn somebody_elses_volume_can_be_attached_and_never_deleted() {
     fixture.lab.storage.run("lvs tether/theirs").await.expect("it is still there");
 }
 
-/// F10: a guest's volume group inside a volume is not the host's matter.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f10_a_volume_group_inside_a_volume_stays_inside() {
-    let fixture = Fixture::new().await;
-    let name = "thick/nested";
-    let serial = text(&fixture.volume(name).await, "/serial").to_owned();
-    // Made as a careless host would, with LVM looking into its own LVs; then forgotten by LVM's cache.
-    fixture
-        .lab
-        .storage
-        .run(
-            "vgcreate -q --config 'devices{scan_lvs=1}' --devices /dev/tether/nested guest-vg /dev/tether/nested && \
-             vgchange -q -an --config 'devices{scan_lvs=1}' --devices /dev/tether/nested guest-vg",
-        )
-        .await
-        .unwrap();
-    fixture.attach(&[name, "c2"]).await;
-    fixture.sees("c2", &serial).await;
-    let list = fixture.tether.json(&["volume", "list"]).await.unwrap();
-    assert!(!list.to_string().contains("guest-vg"), "{list:#}");
-    for host in [&fixture.lab.storage, &fixture.lab.compute] {
-        let mapped = host.run("ls /dev/mapper").await.unwrap();
-        assert!(!mapped.contains("guest"), "{mapped}");
-    }
-    fixture.tether.json(&["detach", name, "c2"]).await.unwrap();
-    fixture.tether.json(&["volume", "delete", name]).await.unwrap();
-    fixture.assert_nothing_left("after the delete").await;
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// F10: a guest's volume group inside a volume is not the host's matter.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f10_a_volume_group_inside_a_volume_stays_inside() {
+        let fixture = Fixture::new().await;
+        let name = "thick/nested";
+        let serial = text(&fixture.volume(name).await, "/serial").to_owned();
+        // Made as a careless host would, with LVM looking into its own LVs; then forgotten by LVM's cache.
+        fixture
+            .lab
+            .storage
+            .run(
+                "vgcreate -q --config 'devices{scan_lvs=1}' --devices /dev/tether/nested guest-vg /dev/tether/nested && \
+                 vgchange -q -an --config 'devices{scan_lvs=1}' --devices /dev/tether/nested guest-vg",
+            )
+            .await
+            .unwrap();
+        fixture.attach(&[name, "c2"]).await;
+        fixture.sees("c2", &serial).await;
+        let list = fixture.tether.json(&["volume", "list"]).await.unwrap();
+        assert!(!list.to_string().contains("guest-vg"), "{list:#}");
+        for host in [&fixture.lab.storage, &fixture.lab.compute] {
+            let mapped = host.run("ls /dev/mapper").await.unwrap();
+            assert!(!mapped.contains("guest"), "{mapped}");
+        }
+        fixture.tether.json(&["detach", name, "c2"]).await.unwrap();
+        fixture.tether.json(&["volume", "delete", name]).await.unwrap();
+        fixture.assert_nothing_left("after the delete").await;
+    }
 
     /// A shut-off domain gets the persistent part alone; the guest sees the disk once it runs.
     #[tokio::test]

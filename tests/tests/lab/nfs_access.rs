@@ -68,38 +68,6 @@ async fn f47_only_the_clients_own_addresses_can_mount_and_only_while_it_has_an_e
     assert_eq!(refused.exit_code, Some(32), "mount(8): {refused:?}");
 }
 
-/// A hypervisor that has another address now is shut out, until the same attach is called again: that lets the new address in,
-/// shuts the old one out, and the guest goes on.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_hypervisor_that_has_another_address_now_is_let_in_by_the_same_attach() {
-    let fixture = Fixture::new().await;
-    let serial = text(&fixture.volume("share/moved").await, "/serial").to_owned();
-    let id = text(&fixture.attach(&["share/moved", "c2"]).await, "/attachment_id").to_owned();
-    let disk = fixture.sees("c2", &serial).await;
-    let guest = fixture.lab.guest("c2").unwrap();
-    guest.write(&disk, "before", 1 << 20).await.unwrap();
-    let move_away = "ip address del 10.99.0.2/24 dev eth1 && ip address add 10.99.0.3/24 dev eth1 && \
-                     ip -6 address del fd99::2/64 dev eth1 && ip -6 address add fd99::3/64 dev eth1 nodad && \
-                     ss -K dport = 2049 >/dev/null";
-    fixture.lab.compute.run(move_away).await.unwrap();
-    let clients = |lines: &str| -> Vec<String> {
-        lines.lines().filter_map(|line| line.split(['\t', '(']).nth(1).map(str::to_owned)).collect()
-    };
-    assert_eq!(clients(&shared_with(&fixture).await), ["10.99.0.2/32", "fd99::2/128"]);
-    let again = fixture.attach(&["share/moved", "c2", "--id", &id]).await;
-    assert_eq!(clients(&shared_with(&fixture).await), ["10.99.0.3/32", "fd99::3/128"], "{again:#}");
-    let write = format!("write {} after {}", disk.name, 1 << 20);
-    guest.command_within(&write, Duration::from_secs(90)).await.expect("the guest goes on");
-    // What the agent has in its journal is what is there now.
-    fixture.lab.storage.run("systemctl restart tether-storage-agent").await.unwrap();
-    let told = fixture.tether.json(&["reconcile"]).await.unwrap();
-    assert_eq!(told["items"].as_array().map(Vec::len), Some(0), "{told:#}");
-    assert_eq!(clients(&shared_with(&fixture).await), ["10.99.0.3/32", "fd99::3/128"]);
-    fixture.detach(&id).await;
-    fixture.assert_nothing_left("after the detach").await;
-}
-
 /// Root on a hypervisor is nobody on the share: it lists nothing, makes nothing, gives nothing away, and reads no file that
 /// is not the pool's.
 #[tokio::test]
@@ -186,25 +154,6 @@ async fn f16_exports_of_somebody_else_are_untouched() {
     assert!(left.contains("10.99.0.60(") && left.lines().count() == 1, "only theirs: {left}");
 }
 
-/// F16: somebody shares the very directory with the very client, with options of their own. That is not ours to change.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f16_an_export_of_somebody_else_to_the_same_client_is_refused_and_stays() {
-    let fixture = Fixture::new().await;
-    fixture.volume("share/ours").await;
-    let storage = &fixture.lab.storage;
-    storage.run("exportfs -o ro,root_squash,no_subtree_check 10.99.0.2:/srv/share").await.unwrap();
-    let before = shared_with(&fixture).await;
-    let (code, error) =
-        fixture.tether.error(&["attach", "share/ours", "c2", "--id", &new_id()]).await.unwrap();
-    assert_eq!((text(&error, "/reason"), code), ("NOT_OURS", 4), "{error:#}");
-    assert!(text(&error, "/message").contains("10.99.0.2"), "{error:#}");
-    assert_eq!(shared_with(&fixture).await, before);
-    storage.run("exportfs -u 10.99.0.2:/srv/share").await.unwrap();
-    fixture.assert_nothing_left("after the refusal").await;
-    fixture.attach(&["share/ours", "c2"]).await;
-}
-
 /// A read-only export is read-only on the server, whatever the hypervisor tries, until another export of the same client is to
 /// be written to.
 #[tokio::test]
@@ -236,4 +185,60 @@ async fn a_read_only_file_is_refused_a_write_by_the_server_itself() {
     let status = fixture.tether.storage().await.unwrap().list_exports(wire::ListExportsRequest {}).await;
     assert!(status.unwrap().into_inner().exports.is_empty());
     fixture.assert_nothing_left("after both").await;
+}
+
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// A hypervisor that has another address now is shut out, until the same attach is called again: that lets the new address in,
+    /// shuts the old one out, and the guest goes on.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_hypervisor_that_has_another_address_now_is_let_in_by_the_same_attach() {
+        let fixture = Fixture::new().await;
+        let serial = text(&fixture.volume("share/moved").await, "/serial").to_owned();
+        let id = text(&fixture.attach(&["share/moved", "c2"]).await, "/attachment_id").to_owned();
+        let disk = fixture.sees("c2", &serial).await;
+        let guest = fixture.lab.guest("c2").unwrap();
+        guest.write(&disk, "before", 1 << 20).await.unwrap();
+        let move_away = "ip address del 10.99.0.2/24 dev eth1 && ip address add 10.99.0.3/24 dev eth1 && \
+                         ip -6 address del fd99::2/64 dev eth1 && ip -6 address add fd99::3/64 dev eth1 nodad && \
+                         ss -K dport = 2049 >/dev/null";
+        fixture.lab.compute.run(move_away).await.unwrap();
+        let clients = |lines: &str| -> Vec<String> {
+            lines.lines().filter_map(|line| line.split(['\t', '(']).nth(1).map(str::to_owned)).collect()
+        };
+        assert_eq!(clients(&shared_with(&fixture).await), ["10.99.0.2/32", "fd99::2/128"]);
+        let again = fixture.attach(&["share/moved", "c2", "--id", &id]).await;
+        assert_eq!(clients(&shared_with(&fixture).await), ["10.99.0.3/32", "fd99::3/128"], "{again:#}");
+        let write = format!("write {} after {}", disk.name, 1 << 20);
+        guest.command_within(&write, Duration::from_secs(90)).await.expect("the guest goes on");
+        // What the agent has in its journal is what is there now.
+        fixture.lab.storage.run("systemctl restart tether-storage-agent").await.unwrap();
+        let told = fixture.tether.json(&["reconcile"]).await.unwrap();
+        assert_eq!(told["items"].as_array().map(Vec::len), Some(0), "{told:#}");
+        assert_eq!(clients(&shared_with(&fixture).await), ["10.99.0.3/32", "fd99::3/128"]);
+        fixture.detach(&id).await;
+        fixture.assert_nothing_left("after the detach").await;
+    }
+
+    /// F16: somebody shares the very directory with the very client, with options of their own. That is not ours to change.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f16_an_export_of_somebody_else_to_the_same_client_is_refused_and_stays() {
+        let fixture = Fixture::new().await;
+        fixture.volume("share/ours").await;
+        let storage = &fixture.lab.storage;
+        storage.run("exportfs -o ro,root_squash,no_subtree_check 10.99.0.2:/srv/share").await.unwrap();
+        let before = shared_with(&fixture).await;
+        let (code, error) =
+            fixture.tether.error(&["attach", "share/ours", "c2", "--id", &new_id()]).await.unwrap();
+        assert_eq!((text(&error, "/reason"), code), ("NOT_OURS", 4), "{error:#}");
+        assert!(text(&error, "/message").contains("10.99.0.2"), "{error:#}");
+        assert_eq!(shared_with(&fixture).await, before);
+        storage.run("exportfs -u 10.99.0.2:/srv/share").await.unwrap();
+        fixture.assert_nothing_left("after the refusal").await;
+        fixture.attach(&["share/ours", "c2"]).await;
+    }
 }

@@ -58,40 +58,45 @@ async fn f7_a_file_that_a_hypervisor_has_open_is_neither_unexported_nor_given_to
     fixture.assert_nothing_left("after all").await;
 }
 
-/// A hypervisor that has the share for another volume can open any file of the pool: what it has open is not deleted.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f7_a_file_that_somebody_has_open_is_neither_deleted_nor_exported() {
-    let fixture = Fixture::new().await;
-    let compute = &fixture.lab.compute;
-    fixture.volume("share/victim").await;
-    fixture.volume("share/other").await;
-    let other = text(&fixture.attach(&["share/other", "c2"]).await, "/attachment_id").to_owned();
-    let folder = mount_of(&fixture, &other).await;
-    compute
-        .run(&format!(
-            "systemd-run --quiet --unit holder sh -c 'exec 3<>{folder}/victim.raw; echo >/run/held; sleep 600' && \
-             until [ -e /run/held ]; do sleep 0.1; done"
-        ))
-        .await
-        .unwrap();
-    let (code, error) = fixture.tether.error(&["volume", "delete", "share/victim"]).await.unwrap();
-    assert_eq!(
-        (text(&error, "/reason"), text(&error, "/step"), code),
-        ("VOLUME_IN_USE", "check-closed", 4),
-        "{error:#}"
-    );
-    // Nor is it given to anybody.
-    let (code, error) = fixture.tether.error(&["attach", "share/victim", "c3"]).await.unwrap();
-    assert_eq!(
-        (text(&error, "/reason"), text(&error, "/step"), code),
-        ("VOLUME_IN_USE", "check-closed", 4),
-        "{error:#}"
-    );
-    compute.run("systemctl stop holder").await.unwrap();
-    fixture.attach(&["share/victim", "c3"]).await;
-    fixture.tether.json(&["detach", "share/victim", "c3"]).await.unwrap();
-    fixture.tether.json(&["volume", "delete", "share/victim"]).await.unwrap();
-    fixture.detach(&other).await;
-    fixture.assert_nothing_left("after the deletion").await;
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// A hypervisor that has the share for another volume can open any file of the pool: what it has open is not deleted.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f7_a_file_that_somebody_has_open_is_neither_deleted_nor_exported() {
+        let fixture = Fixture::new().await;
+        let compute = &fixture.lab.compute;
+        fixture.volume("share/victim").await;
+        fixture.volume("share/other").await;
+        let other = text(&fixture.attach(&["share/other", "c2"]).await, "/attachment_id").to_owned();
+        let folder = mount_of(&fixture, &other).await;
+        compute
+            .run(&format!(
+                "systemd-run --quiet --unit holder sh -c 'exec 3<>{folder}/victim.raw; echo >/run/held; sleep 600' && \
+                 until [ -e /run/held ]; do sleep 0.1; done"
+            ))
+            .await
+            .unwrap();
+        let (code, error) = fixture.tether.error(&["volume", "delete", "share/victim"]).await.unwrap();
+        assert_eq!(
+            (text(&error, "/reason"), text(&error, "/step"), code),
+            ("VOLUME_IN_USE", "check-closed", 4),
+            "{error:#}"
+        );
+        // Nor is it given to anybody.
+        let (code, error) = fixture.tether.error(&["attach", "share/victim", "c3"]).await.unwrap();
+        assert_eq!(
+            (text(&error, "/reason"), text(&error, "/step"), code),
+            ("VOLUME_IN_USE", "check-closed", 4),
+            "{error:#}"
+        );
+        compute.run("systemctl stop holder").await.unwrap();
+        fixture.attach(&["share/victim", "c3"]).await;
+        fixture.tether.json(&["detach", "share/victim", "c3"]).await.unwrap();
+        fixture.tether.json(&["volume", "delete", "share/victim"]).await.unwrap();
+        fixture.detach(&other).await;
+        fixture.assert_nothing_left("after the deletion").await;
+    }
 }

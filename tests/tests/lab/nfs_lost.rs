@@ -62,37 +62,37 @@ async fn f26_a_stale_handle_is_told_in_time_and_holds_up_nobody() {
     fixture.assert_nothing_left("at the end").await;
 }
 
-/// A server that never comes back: domains that are shut off give their disks up, and the host its mount.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f26_a_server_that_is_gone_for_good_lets_go_of_domains_that_are_shut_off() {
-    let fixture = Fixture::new().await;
-    let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
-    let mut ids = Vec::new();
-    for (volume, domain) in [("share/a", "c2"), ("share/b", "c3")] {
-        fixture.volume(volume).await;
-        ids.push(text(&fixture.attach(&[volume, domain]).await, "/attachment_id").to_owned());
-    }
-    compute.run("virsh -q destroy c2 && virsh -q destroy c3").await.unwrap();
-    storage.run("systemctl stop nfs-server").await.unwrap();
-
-    let began = Instant::now();
-    fixture.detach(&ids[0]).await;
-    println!("a detach beside a dead server took {:?}", began.elapsed());
-    assert!(began.elapsed() < TOLD, "{:?}", began.elapsed());
-    let began = Instant::now();
-    fixture.detach(&ids[1]).await;
-    println!("the last detach, with its umount at a dead server, took {:?}", began.elapsed());
-    assert!(began.elapsed() < TOLD, "{:?}", began.elapsed());
-    assert_eq!(threads_in_nfs(&fixture).await, "");
-    assert_eq!(mounts(&fixture).await, "");
-    storage.run("systemctl start nfs-server").await.unwrap();
-    fixture.assert_nothing_left("without the server").await;
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// A server that never comes back: domains that are shut off give their disks up, and the host its mount.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f26_a_server_that_is_gone_for_good_lets_go_of_domains_that_are_shut_off() {
+        let fixture = Fixture::new().await;
+        let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
+        let mut ids = Vec::new();
+        for (volume, domain) in [("share/a", "c2"), ("share/b", "c3")] {
+            fixture.volume(volume).await;
+            ids.push(text(&fixture.attach(&[volume, domain]).await, "/attachment_id").to_owned());
+        }
+        compute.run("virsh -q destroy c2 && virsh -q destroy c3").await.unwrap();
+        storage.run("systemctl stop nfs-server").await.unwrap();
+
+        let began = Instant::now();
+        fixture.detach(&ids[0]).await;
+        println!("a detach beside a dead server took {:?}", began.elapsed());
+        assert!(began.elapsed() < TOLD, "{:?}", began.elapsed());
+        let began = Instant::now();
+        fixture.detach(&ids[1]).await;
+        println!("the last detach, with its umount at a dead server, took {:?}", began.elapsed());
+        assert!(began.elapsed() < TOLD, "{:?}", began.elapsed());
+        assert_eq!(threads_in_nfs(&fixture).await, "");
+        assert_eq!(mounts(&fixture).await, "");
+        storage.run("systemctl start nfs-server").await.unwrap();
+        fixture.assert_nothing_left("without the server").await;
+    }
 
     /// F25: a `umount` that hangs and ignores SIGTERM is told in time, holds up no iSCSI detach, and the same detach ends it later.
     #[tokio::test]

@@ -154,43 +154,43 @@ async fn f46_somebody_elses_mount_on_our_directory_is_refused_and_stays() {
     fixture.assert_nothing_left("once theirs is gone").await;
 }
 
-/// Somebody is in the mount when its last disk goes: it is told and not torn out, and the same detach ends it later.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_mount_that_somebody_is_in_is_told_and_unmounted_by_the_next_detach() {
-    let fixture = Fixture::new().await;
-    let compute = &fixture.lab.compute;
-    let serial = text(&fixture.volume("share/busy").await, "/serial").to_owned();
-    let id = text(&fixture.attach(&["share/busy", "c2"]).await, "/attachment_id").to_owned();
-    fixture.sees("c2", &serial).await;
-    let folder = mount_of(&fixture, &id).await;
-    let mounted = mounts(&fixture).await;
-    compute
-        .run(&format!("systemd-run -q --unit=holder -p WorkingDirectory={folder} sleep infinity"))
-        .await
-        .unwrap();
-    compute
-        .run(&format!(
-            "until [ \"$(readlink /proc/$(systemctl show -P MainPID holder)/cwd)\" = {folder} ]; do :; done"
-        ))
-        .await
-        .unwrap();
-    let (code, error) = fixture.tether.error(&["detach", &id]).await.unwrap();
-    assert_eq!(
-        (text(&error, "/reason"), text(&error, "/step"), code),
-        ("DEVICE_IN_USE", "unmount-share", 4),
-        "{error:#}"
-    );
-    assert_eq!(mounts(&fixture).await, mounted, "no lazy unmount");
-    fixture.lab.guest("c2").unwrap().wait_gone(&serial, SEEN).await.expect("the guest has let go");
-    compute.run("systemctl stop holder").await.unwrap();
-    fixture.detach(&id).await;
-    fixture.assert_nothing_left("after the second detach").await;
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// Somebody is in the mount when its last disk goes: it is told and not torn out, and the same detach ends it later.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_mount_that_somebody_is_in_is_told_and_unmounted_by_the_next_detach() {
+        let fixture = Fixture::new().await;
+        let compute = &fixture.lab.compute;
+        let serial = text(&fixture.volume("share/busy").await, "/serial").to_owned();
+        let id = text(&fixture.attach(&["share/busy", "c2"]).await, "/attachment_id").to_owned();
+        fixture.sees("c2", &serial).await;
+        let folder = mount_of(&fixture, &id).await;
+        let mounted = mounts(&fixture).await;
+        compute
+            .run(&format!("systemd-run -q --unit=holder -p WorkingDirectory={folder} sleep infinity"))
+            .await
+            .unwrap();
+        compute
+            .run(&format!(
+                "until [ \"$(readlink /proc/$(systemctl show -P MainPID holder)/cwd)\" = {folder} ]; do :; done"
+            ))
+            .await
+            .unwrap();
+        let (code, error) = fixture.tether.error(&["detach", &id]).await.unwrap();
+        assert_eq!(
+            (text(&error, "/reason"), text(&error, "/step"), code),
+            ("DEVICE_IN_USE", "unmount-share", 4),
+            "{error:#}"
+        );
+        assert_eq!(mounts(&fixture).await, mounted, "no lazy unmount");
+        fixture.lab.guest("c2").unwrap().wait_gone(&serial, SEEN).await.expect("the guest has let go");
+        compute.run("systemctl stop holder").await.unwrap();
+        fixture.detach(&id).await;
+        fixture.assert_nothing_left("after the second detach").await;
+    }
 
     /// F11: the agent is killed when the share is mounted and the disk is not plugged in yet. What it left is in its journal, and
     /// a detach takes it away.

@@ -137,73 +137,74 @@ async fn f26_a_silent_server_is_passed_over_or_told_soon() {
     fixture.assert_nothing_left("after the detach").await;
 }
 
-/// F12: somebody took the share away behind our back. An attach is told in time, a repeated Export puts it right, and then the
-/// same attach succeeds.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f12_a_share_that_was_taken_away_is_told_in_time_and_repaired_by_export() {
-    let fixture = Fixture::new().await;
-    let storage = &fixture.lab.storage;
-    let serial = text(&fixture.volume("share/one").await, "/serial").to_owned();
-    fixture.volume("share/two").await;
-    let one = text(&fixture.attach(&["share/one", "c3"]).await, "/attachment_id").to_owned();
-    fixture.volume("share/held").await;
-    let buffered =
-        text(&fixture.attach(&["share/held", "c3", "--cache", "writeback"]).await, "/attachment_id")
-            .to_owned();
-    let (two, info) = export(&fixture, "share/two").await;
-    let shared = shared_with(&fixture).await;
-    storage
-        .run(&format!("rm /etc/exports.d/tether-* && exportfs -r && ! grep '^{SHARE}' /var/lib/nfs/etab"))
-        .await
-        .unwrap();
-    let began = Instant::now();
-    let refused =
-        attach_with(&fixture, &two, "c2", info.clone()).await.expect_err("the server gives nothing");
-    assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
-    let (word, step, next) = reason(&refused);
-    assert_eq!((word.as_str(), step.as_str()), ("MOUNT_FAILED", "verify-file"), "{refused:?}");
-    assert!(refused.message().contains("does not share") && next.contains("reconcile"), "{refused:?}");
-    // Nor is a guest's disk let go of whose writes this host still holds.
-    let (_, error) = fixture.tether.error(&["detach", &buffered]).await.unwrap();
-    assert_eq!((text(&error, "/reason"), text(&error, "/step")), ("FLUSH_FAILED", "flush"), "{error:#}");
-
-    let mut compute = fixture.tether.compute().await.unwrap();
-    let connector = compute.get_connector(wire::GetConnectorRequest {}).await.unwrap().into_inner();
-    let again = wire::ExportRequest {
-        attachment_id: two.clone(),
-        pool: "share".into(),
-        volume: "two".into(),
-        connector: Some(connector),
-        access_mode: wire::AccessMode::ReadWrite.into(),
-    };
-    let repaired = fixture.tether.storage().await.unwrap().export(again).await.unwrap().into_inner();
-    assert_eq!(repaired.report.unwrap().outcome(), wire::Outcome::Repaired);
-    assert_eq!(repaired.connection_info.as_ref(), Some(&info));
-    assert_eq!(shared_with(&fixture).await, shared);
-    attach_with(&fixture, &two, "c2", info).await.expect("the same attach");
-    let disk = fixture.sees("c3", &serial).await;
-    fixture.lab.guest("c3").unwrap().write(&disk, "still", 1 << 20).await.unwrap();
-
-    fixture.detach(&two).await;
-    // QEMU closed that file while the server refused to hear of it, so the server has it as open; the way out is told.
-    fixture.detach(&one).await;
-    let (_, error) = fixture.tether.error(&["detach", &buffered]).await.unwrap();
-    assert_eq!(
-        (text(&error, "/reason"), text(&error, "/step")),
-        ("VOLUME_IN_USE", "check-closed"),
-        "{error:#}"
-    );
-    let next = text(&error, "/next");
-    let way_out = next.find("echo expire >/proc").map(|at| next[at..].split(',').next().unwrap_or_default());
-    fixture.lab.storage.run(way_out.expect("a way out")).await.unwrap();
-    fixture.detach(&buffered).await;
-    fixture.assert_nothing_left("after all").await;
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// F12: somebody took the share away behind our back. An attach is told in time, a repeated Export puts it right, and then the
+    /// same attach succeeds.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f12_a_share_that_was_taken_away_is_told_in_time_and_repaired_by_export() {
+        let fixture = Fixture::new().await;
+        let storage = &fixture.lab.storage;
+        let serial = text(&fixture.volume("share/one").await, "/serial").to_owned();
+        fixture.volume("share/two").await;
+        let one = text(&fixture.attach(&["share/one", "c3"]).await, "/attachment_id").to_owned();
+        fixture.volume("share/held").await;
+        let buffered =
+            text(&fixture.attach(&["share/held", "c3", "--cache", "writeback"]).await, "/attachment_id")
+                .to_owned();
+        let (two, info) = export(&fixture, "share/two").await;
+        let shared = shared_with(&fixture).await;
+        storage
+            .run(&format!("rm /etc/exports.d/tether-* && exportfs -r && ! grep '^{SHARE}' /var/lib/nfs/etab"))
+            .await
+            .unwrap();
+        let began = Instant::now();
+        let refused =
+            attach_with(&fixture, &two, "c2", info.clone()).await.expect_err("the server gives nothing");
+        assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
+        let (word, step, next) = reason(&refused);
+        assert_eq!((word.as_str(), step.as_str()), ("MOUNT_FAILED", "verify-file"), "{refused:?}");
+        assert!(refused.message().contains("does not share") && next.contains("reconcile"), "{refused:?}");
+        // Nor is a guest's disk let go of whose writes this host still holds.
+        let (_, error) = fixture.tether.error(&["detach", &buffered]).await.unwrap();
+        assert_eq!((text(&error, "/reason"), text(&error, "/step")), ("FLUSH_FAILED", "flush"), "{error:#}");
+
+        let mut compute = fixture.tether.compute().await.unwrap();
+        let connector = compute.get_connector(wire::GetConnectorRequest {}).await.unwrap().into_inner();
+        let again = wire::ExportRequest {
+            attachment_id: two.clone(),
+            pool: "share".into(),
+            volume: "two".into(),
+            connector: Some(connector),
+            access_mode: wire::AccessMode::ReadWrite.into(),
+        };
+        let repaired = fixture.tether.storage().await.unwrap().export(again).await.unwrap().into_inner();
+        assert_eq!(repaired.report.unwrap().outcome(), wire::Outcome::Repaired);
+        assert_eq!(repaired.connection_info.as_ref(), Some(&info));
+        assert_eq!(shared_with(&fixture).await, shared);
+        attach_with(&fixture, &two, "c2", info).await.expect("the same attach");
+        let disk = fixture.sees("c3", &serial).await;
+        fixture.lab.guest("c3").unwrap().write(&disk, "still", 1 << 20).await.unwrap();
+
+        fixture.detach(&two).await;
+        // QEMU closed that file while the server refused to hear of it, so the server has it as open; the way out is told.
+        fixture.detach(&one).await;
+        let (_, error) = fixture.tether.error(&["detach", &buffered]).await.unwrap();
+        assert_eq!(
+            (text(&error, "/reason"), text(&error, "/step")),
+            ("VOLUME_IN_USE", "check-closed"),
+            "{error:#}"
+        );
+        let next = text(&error, "/next");
+        let way_out =
+            next.find("echo expire >/proc").map(|at| next[at..].split(',').next().unwrap_or_default());
+        fixture.lab.storage.run(way_out.expect("a way out")).await.unwrap();
+        fixture.detach(&buffered).await;
+        fixture.assert_nothing_left("after all").await;
+    }
 
     /// F26: the server is away for a minute while a guest writes, each piece down to the storage. The guest waits or is
     /// paused, and goes on when the server is back: no write that it was told of is lost, and none is somewhere else.

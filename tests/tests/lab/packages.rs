@@ -51,62 +51,6 @@ async fn package(host: &Host) -> String {
     host.run(&format!("ls {PACKAGES}/{}_*.deb", agent(host))).await.unwrap().trim().to_owned()
 }
 
-/// Both packages are upgraded while two guests write, one over each transport: agents are new, sessions and mounts are the same,
-/// and the guests notice nothing.
-#[tokio::test]
-#[ignore = "lab"]
-async fn guests_do_not_notice_an_upgrade() {
-    let fixture = Fixture::new().await;
-    let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
-    for host in [storage, compute] {
-        let newer = format!(
-            "cd /var/tmp && rm -rf new new.deb && dpkg-deb -R {} new && sed -i 's/^Version: .*/&.1/' new/DEBIAN/control && \
-             dpkg-deb -Znone -b new new.deb >/dev/null",
-            package(host).await
-        );
-        host.run_within(&newer, DPKG).await.unwrap();
-    }
-    let mut attached = Vec::new();
-    for (volume, guest, path) in
-        [("thick/upgrade", "c2", "/dev/tether/upgrade"), ("share/upgrade", "c3", "/srv/share/upgrade.raw")]
-    {
-        let serial = text(&fixture.create(volume, "64M", &[]).await, "/serial").to_owned();
-        let id = text(&fixture.attach(&[volume, guest]).await, "/attachment_id").to_owned();
-        let disk = fixture.sees(guest, &serial).await;
-        let guest = fixture.lab.guest(guest).unwrap();
-        let mut writer = Writer::start(guest.clone(), disk.clone());
-        writer.more(2).await;
-        attached.push((id, guest, disk, path, writer));
-    }
-    let connected = "ls -i /sys/class/iscsi_session; cat /sys/class/iscsi_session/*/targetname";
-    let (sessions, mounted) = (compute.run(connected).await.unwrap(), mounts(&fixture).await);
-    assert!(!sessions.is_empty() && !mounted.is_empty());
-
-    for host in [storage, compute] {
-        let (agent, before) = (agent(host), main_pid(host).await);
-        let upgrade = format!(
-            "dpkg -i /var/tmp/new.deb 2>&1 && \
-             dpkg-query -W -f '${{Version}}' {agent} && systemctl is-active {agent}"
-        );
-        let said = host.run_within(&upgrade, DPKG).await.unwrap();
-        assert!(said.trim_end().ends_with("-1.1active"), "{said}");
-        assert_ne!(main_pid(host).await, before, "{agent} was restarted");
-        let config = host.run(&format!("cat /etc/tether/{}-agent.toml", host.name)).await.unwrap();
-        assert!(config.contains("/etc/tether/pki/"), "the config is the operator's: {config}");
-    }
-    assert_eq!(compute.run(connected).await.unwrap(), sessions);
-    assert_eq!(mounts(&fixture).await, mounted);
-    for (id, guest, disk, path, mut writer) in attached {
-        writer.more(2).await;
-        let pieces = writer.finish().await;
-        let (sum, bytes) = (wanted(&fixture, pieces).await, pieces * PIECE);
-        assert_eq!(guest.checksum(&disk, bytes).await.unwrap(), sum, "in the guest {}", guest.name);
-        fixture.detach(&id).await;
-        assert_eq!(crate::checksum_of(storage, path, 0, bytes).await, sum, "{path}");
-    }
-    fixture.assert_nothing_left("after the detaches").await;
-}
-
 /// When the host goes down, a share is unmounted after libvirtd has ended.
 #[tokio::test]
 #[ignore = "lab"]
@@ -127,6 +71,63 @@ async fn a_mount_outlives_libvirtd() {
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// Both packages are upgraded while two guests write, one over each transport: agents are new, sessions and mounts are the same,
+    /// and the guests notice nothing.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn guests_do_not_notice_an_upgrade() {
+        let fixture = Fixture::new().await;
+        let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
+        for host in [storage, compute] {
+            let newer = format!(
+                "cd /var/tmp && rm -rf new new.deb && dpkg-deb -R {} new && sed -i 's/^Version: .*/&.1/' new/DEBIAN/control && \
+                 dpkg-deb -Znone -b new new.deb >/dev/null",
+                package(host).await
+            );
+            host.run_within(&newer, DPKG).await.unwrap();
+        }
+        let mut attached = Vec::new();
+        for (volume, guest, path) in [
+            ("thick/upgrade", "c2", "/dev/tether/upgrade"),
+            ("share/upgrade", "c3", "/srv/share/upgrade.raw"),
+        ] {
+            let serial = text(&fixture.create(volume, "64M", &[]).await, "/serial").to_owned();
+            let id = text(&fixture.attach(&[volume, guest]).await, "/attachment_id").to_owned();
+            let disk = fixture.sees(guest, &serial).await;
+            let guest = fixture.lab.guest(guest).unwrap();
+            let mut writer = Writer::start(guest.clone(), disk.clone());
+            writer.more(2).await;
+            attached.push((id, guest, disk, path, writer));
+        }
+        let connected = "ls -i /sys/class/iscsi_session; cat /sys/class/iscsi_session/*/targetname";
+        let (sessions, mounted) = (compute.run(connected).await.unwrap(), mounts(&fixture).await);
+        assert!(!sessions.is_empty() && !mounted.is_empty());
+
+        for host in [storage, compute] {
+            let (agent, before) = (agent(host), main_pid(host).await);
+            let upgrade = format!(
+                "dpkg -i /var/tmp/new.deb 2>&1 && \
+                 dpkg-query -W -f '${{Version}}' {agent} && systemctl is-active {agent}"
+            );
+            let said = host.run_within(&upgrade, DPKG).await.unwrap();
+            assert!(said.trim_end().ends_with("-1.1active"), "{said}");
+            assert_ne!(main_pid(host).await, before, "{agent} was restarted");
+            let config = host.run(&format!("cat /etc/tether/{}-agent.toml", host.name)).await.unwrap();
+            assert!(config.contains("/etc/tether/pki/"), "the config is the operator's: {config}");
+        }
+        assert_eq!(compute.run(connected).await.unwrap(), sessions);
+        assert_eq!(mounts(&fixture).await, mounted);
+        for (id, guest, disk, path, mut writer) in attached {
+            writer.more(2).await;
+            let pieces = writer.finish().await;
+            let (sum, bytes) = (wanted(&fixture, pieces).await, pieces * PIECE);
+            assert_eq!(guest.checksum(&disk, bytes).await.unwrap(), sum, "in the guest {}", guest.name);
+            fixture.detach(&id).await;
+            assert_eq!(crate::checksum_of(storage, path, 0, bytes).await, sum, "{path}");
+        }
+        fixture.assert_nothing_left("after the detaches").await;
+    }
 
     /// Removal is refused while there is an attachment, and its disk stays; so does the agent. Once it is detached, both packages can
     /// be purged, and nothing of them is left. A new install starts no agent before somebody has edited its config.

@@ -281,34 +281,6 @@ const STRANGERS: &str = "while :; do (
 ) done
 ";
 
-/// Strangers who connect and say nothing, or everything, to both agents at once: attaches take no longer than without them.
-#[tokio::test]
-#[ignore = "lab"]
-async fn attaches_go_on_beside_a_thousand_strangers_who_say_nothing_or_junk() {
-    let fixture = Fixture::new().await;
-    fixture.volume("thick/quick").await;
-    let domains = ["c3", "c2", "c3"];
-    let alone = iscsi_cycles(&fixture, domains).await;
-    let hosts = [&fixture.lab.storage, &fixture.lab.compute];
-    for host in hosts {
-        host.put(STRANGERS, "/run/strangers.sh", 0o644).await.unwrap();
-        let start = "systemd-run -q --unit=strangers -p LimitNOFILE=8192 -p Nice=19 bash /run/strangers.sh";
-        host.run(start).await.unwrap();
-    }
-    for host in hosts {
-        host.run("timeout 50 sh -c 'until [ -e /run/strangers ]; do sleep 0.2; done'")
-            .await
-            .expect("all have connected");
-    }
-    let beside = iscsi_cycles(&fixture, domains).await;
-    println!("attach and detach: {alone:?} alone, {beside:?} beside the strangers");
-    assert!(beside < alone * 3 / 2 + Duration::from_millis(700), "{alone:?}, then {beside:?}");
-    for host in hosts {
-        host.run("systemctl stop strangers").await.expect("they were there all the time");
-    }
-    fixture.assert_nothing_left("at the end").await;
-}
-
 /// Each change is a line on its host, with who did it and to what; a reader changes nothing. What else is refused, and how, is
 /// tested without a lab (`access` of the storage agent).
 #[tokio::test]
@@ -351,29 +323,63 @@ async fn each_change_is_in_the_audit_of_its_host_and_a_reader_changes_nothing() 
     fixture.assert_nothing_left("after an audited detach").await;
 }
 
-/// The kernel says who is at the other end of the socket, and the config what that one may do.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_user_of_the_host_may_do_what_its_role_allows() {
-    let fixture = Fixture::new().await;
-    let config = "[compute.here]\naddress = \"unix:/run/tether/compute-agent.sock\"\n";
-    fixture.lab.compute.put(config, "/etc/tether/tether.toml", 0o644).await.unwrap();
-    let roles = "printf '[server.roles]\\nreader = [\"USER=nobody\"]\\n' >>/etc/tether/compute-agent.toml; systemctl restart tether-compute-agent";
-    fixture.lab.compute.run(roles).await.unwrap();
-    let run = async |user: &str, verb: &str| {
-        let command = format!("su -s /bin/sh {user} -c 'tether --json {verb}'");
-        fixture.lab.compute.try_run(&command).await.unwrap()
-    };
-    let list = run("nobody", "list").await;
-    assert_eq!(list.exit_code, Some(0), "{list:?}");
-    let refused = run("nobody", "reconcile").await;
-    assert!(refused.exit_code == Some(7) && refused.stdout.contains("WRONG_ROLE"), "{refused:?}");
-    let other = run("daemon", "list").await;
-    assert_ne!(other.exit_code, Some(0), "{other:?}");
-    let root = run("root", "reconcile").await;
-    assert_eq!(root.exit_code, Some(0), "{root:?}");
-    let audit = "journalctl --no-pager -o cat -u tether-compute-agent | grep -F 'audit: refused'";
-    let audit = fixture.lab.compute.run(audit).await.unwrap();
-    assert!(audit.contains("who=\"USER=nobody\" role=\"reader\""), "{audit}");
-    assert!(audit.contains("who=\"USER=daemon\"") && audit.contains("reason=\"NO_ROLE\""), "{audit}");
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// Strangers who connect and say nothing, or everything, to both agents at once: attaches take no longer than without them.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn attaches_go_on_beside_a_thousand_strangers_who_say_nothing_or_junk() {
+        let fixture = Fixture::new().await;
+        fixture.volume("thick/quick").await;
+        let domains = ["c3", "c2", "c3"];
+        let alone = iscsi_cycles(&fixture, domains).await;
+        let hosts = [&fixture.lab.storage, &fixture.lab.compute];
+        for host in hosts {
+            host.put(STRANGERS, "/run/strangers.sh", 0o644).await.unwrap();
+            let start =
+                "systemd-run -q --unit=strangers -p LimitNOFILE=8192 -p Nice=19 bash /run/strangers.sh";
+            host.run(start).await.unwrap();
+        }
+        for host in hosts {
+            host.run("timeout 50 sh -c 'until [ -e /run/strangers ]; do sleep 0.2; done'")
+                .await
+                .expect("all have connected");
+        }
+        let beside = iscsi_cycles(&fixture, domains).await;
+        println!("attach and detach: {alone:?} alone, {beside:?} beside the strangers");
+        assert!(beside < alone * 3 / 2 + Duration::from_millis(700), "{alone:?}, then {beside:?}");
+        for host in hosts {
+            host.run("systemctl stop strangers").await.expect("they were there all the time");
+        }
+        fixture.assert_nothing_left("at the end").await;
+    }
+
+    /// The kernel says who is at the other end of the socket, and the config what that one may do.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_user_of_the_host_may_do_what_its_role_allows() {
+        let fixture = Fixture::new().await;
+        let config = "[compute.here]\naddress = \"unix:/run/tether/compute-agent.sock\"\n";
+        fixture.lab.compute.put(config, "/etc/tether/tether.toml", 0o644).await.unwrap();
+        let roles = "printf '[server.roles]\\nreader = [\"USER=nobody\"]\\n' >>/etc/tether/compute-agent.toml; systemctl restart tether-compute-agent";
+        fixture.lab.compute.run(roles).await.unwrap();
+        let run = async |user: &str, verb: &str| {
+            let command = format!("su -s /bin/sh {user} -c 'tether --json {verb}'");
+            fixture.lab.compute.try_run(&command).await.unwrap()
+        };
+        let list = run("nobody", "list").await;
+        assert_eq!(list.exit_code, Some(0), "{list:?}");
+        let refused = run("nobody", "reconcile").await;
+        assert!(refused.exit_code == Some(7) && refused.stdout.contains("WRONG_ROLE"), "{refused:?}");
+        let other = run("daemon", "list").await;
+        assert_ne!(other.exit_code, Some(0), "{other:?}");
+        let root = run("root", "reconcile").await;
+        assert_eq!(root.exit_code, Some(0), "{root:?}");
+        let audit = "journalctl --no-pager -o cat -u tether-compute-agent | grep -F 'audit: refused'";
+        let audit = fixture.lab.compute.run(audit).await.unwrap();
+        assert!(audit.contains("who=\"USER=nobody\" role=\"reader\""), "{audit}");
+        assert!(audit.contains("who=\"USER=daemon\"") && audit.contains("reason=\"NO_ROLE\""), "{audit}");
+    }
 }

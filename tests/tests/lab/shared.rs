@@ -94,58 +94,6 @@ async fn f7_a_multi_attach_volume_has_a_target_for_each_host_and_either_may_go()
     assert_eq!(made["multi_attach"], false, "{made:#}");
 }
 
-/// Without multi_attach only readers share, over both transports, and what they are given cannot be written.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f7_readers_share_a_volume_and_no_writer_comes_between() {
-    let fixture = Fixture::new().await;
-    for volume in ["thick/read", "share/read"] {
-        let serial = text(&fixture.volume(volume).await, "/serial").to_owned();
-        let one = text(&fixture.attach(&[volume, "c2", "--read-only"]).await, "/attachment_id").to_owned();
-        let disk = fixture.sees("c2", &serial).await;
-        assert!(disk.read_only, "{disk:?}");
-        let exported = export_to_another(&fixture, volume, wire::AccessMode::ReadOnly).await;
-        let (two, _) = exported.expect("a second reader");
-        let refused =
-            export_to_another(&fixture, volume, wire::AccessMode::ReadWrite).await.expect_err("a writer");
-        assert_eq!(reason(&refused).0, "VOLUME_EXPORTED", "{refused:?}");
-        unexport(&fixture, &two).await;
-        fixture.detach(&one).await;
-        // And beside a writer nobody reads.
-        let one = text(&fixture.attach(&[volume, "c2"]).await, "/attachment_id").to_owned();
-        let refused =
-            export_to_another(&fixture, volume, wire::AccessMode::ReadOnly).await.expect_err("a reader");
-        assert_eq!(reason(&refused).0, "VOLUME_EXPORTED", "{refused:?}");
-        fixture.detach(&one).await;
-    }
-    fixture.assert_nothing_left("after the readers").await;
-}
-
-/// A file of several writers: the share goes to both, QEMU is told, and qcow2 and host caches are refused.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_multi_attach_file_is_raw_and_not_cached() {
-    let fixture = Fixture::new().await;
-    let (_, error) = fixture
-        .tether
-        .error(&["volume", "create", "share/no", "16M", "--multi-attach", "--format", "qcow2"])
-        .await
-        .unwrap();
-    assert_eq!(text(&error, "/reason"), "INVALID_ARGUMENT", "{error:#}");
-    let serial =
-        text(&fixture.create("share/shared", "16M", &["--multi-attach"]).await, "/serial").to_owned();
-    let (_, error) =
-        fixture.tether.error(&["attach", "share/shared", "c2", "--cache", "writeback"]).await.unwrap();
-    assert!(text(&error, "/message").contains("cache"), "{error:#}");
-    let one = text(&fixture.attach(&["share/shared", "c2"]).await, "/attachment_id").to_owned();
-    let (two, _) = export_to_another(&fixture, "share/shared", wire::AccessMode::ReadWrite).await.unwrap();
-    let disk = fixture.sees("c2", &serial).await;
-    fixture.lab.guest("c2").unwrap().write(&disk, "shared", 1 << 20).await.unwrap();
-    unexport(&fixture, &two).await;
-    fixture.detach(&one).await;
-    fixture.assert_nothing_left("after both").await;
-}
-
 /// F42: a cloned hypervisor tells another's initiator name: it is given nothing while that one has an export.
 #[tokio::test]
 #[ignore = "lab"]
@@ -170,4 +118,63 @@ async fn f42_a_host_that_tells_anothers_initiator_name_is_given_nothing() {
     let (id, _) = export_to(&fixture, "thick/second", clone, wire::AccessMode::ReadWrite).await.unwrap();
     unexport(&fixture, &id).await;
     fixture.assert_nothing_left("after both").await;
+}
+
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// Without multi_attach only readers share, over both transports, and what they are given cannot be written.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f7_readers_share_a_volume_and_no_writer_comes_between() {
+        let fixture = Fixture::new().await;
+        for volume in ["thick/read", "share/read"] {
+            let serial = text(&fixture.volume(volume).await, "/serial").to_owned();
+            let one =
+                text(&fixture.attach(&[volume, "c2", "--read-only"]).await, "/attachment_id").to_owned();
+            let disk = fixture.sees("c2", &serial).await;
+            assert!(disk.read_only, "{disk:?}");
+            let exported = export_to_another(&fixture, volume, wire::AccessMode::ReadOnly).await;
+            let (two, _) = exported.expect("a second reader");
+            let refused =
+                export_to_another(&fixture, volume, wire::AccessMode::ReadWrite).await.expect_err("a writer");
+            assert_eq!(reason(&refused).0, "VOLUME_EXPORTED", "{refused:?}");
+            unexport(&fixture, &two).await;
+            fixture.detach(&one).await;
+            // And beside a writer nobody reads.
+            let one = text(&fixture.attach(&[volume, "c2"]).await, "/attachment_id").to_owned();
+            let refused =
+                export_to_another(&fixture, volume, wire::AccessMode::ReadOnly).await.expect_err("a reader");
+            assert_eq!(reason(&refused).0, "VOLUME_EXPORTED", "{refused:?}");
+            fixture.detach(&one).await;
+        }
+        fixture.assert_nothing_left("after the readers").await;
+    }
+
+    /// A file of several writers: the share goes to both, QEMU is told, and qcow2 and host caches are refused.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_multi_attach_file_is_raw_and_not_cached() {
+        let fixture = Fixture::new().await;
+        let (_, error) = fixture
+            .tether
+            .error(&["volume", "create", "share/no", "16M", "--multi-attach", "--format", "qcow2"])
+            .await
+            .unwrap();
+        assert_eq!(text(&error, "/reason"), "INVALID_ARGUMENT", "{error:#}");
+        let serial =
+            text(&fixture.create("share/shared", "16M", &["--multi-attach"]).await, "/serial").to_owned();
+        let (_, error) =
+            fixture.tether.error(&["attach", "share/shared", "c2", "--cache", "writeback"]).await.unwrap();
+        assert!(text(&error, "/message").contains("cache"), "{error:#}");
+        let one = text(&fixture.attach(&["share/shared", "c2"]).await, "/attachment_id").to_owned();
+        let (two, _) =
+            export_to_another(&fixture, "share/shared", wire::AccessMode::ReadWrite).await.unwrap();
+        let disk = fixture.sees("c2", &serial).await;
+        fixture.lab.guest("c2").unwrap().write(&disk, "shared", 1 << 20).await.unwrap();
+        unexport(&fixture, &two).await;
+        fixture.detach(&one).await;
+        fixture.assert_nothing_left("after both").await;
+    }
 }

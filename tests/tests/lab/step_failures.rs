@@ -244,15 +244,15 @@ async fn volume_failing(pool: &'static str, format: VolumeFormat, kind: &str) {
     }
 }
 
-#[tokio::test]
-#[ignore = "lab"]
-async fn f11_a_raw_file_failing_at_any_step_of_its_life() {
-    volume_failing("share", VolumeFormat::Unspecified, "raw").await;
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f11_a_raw_file_failing_at_any_step_of_its_life() {
+        volume_failing("share", VolumeFormat::Unspecified, "raw").await;
+    }
 
     #[tokio::test]
     #[ignore = "lab"]
