@@ -167,7 +167,6 @@ impl<R: Serialize + DeserializeOwned + Clone> Journal<R> {
     }
 }
 
-/// A record, or what is wrong with the file.
 /// A name beside a record for what is set aside. An earlier one keeps its own: it may be all that is left of the record.
 fn free_name(path: &Path) -> PathBuf {
     let names = std::iter::once("json.damaged".to_owned()).chain((1..).map(|n| format!("json.{n}.damaged")));
@@ -175,6 +174,7 @@ fn free_name(path: &Path) -> PathBuf {
     free.next().unwrap_or_else(|| path.with_extension("json.damaged"))
 }
 
+/// A record, or what is wrong with the file.
 fn parse<R: DeserializeOwned>(text: &[u8]) -> Result<R, String> {
     match serde_json::from_slice::<FileIn<R>>(text) {
         Ok(file) if file.version == VERSION => Ok(file.record),

@@ -174,7 +174,7 @@ fn about(key: &str) -> Event {
 }
 
 /// How many are worked on at a time. They wait far more than they work: as many behind a dead server hold up no other.
-const AT_A_TIME: usize = 64;
+pub const AT_A_TIME: usize = 64;
 
 /// Works on several at a time: one that hangs holds up no other (F14). The results come as they are there.
 pub async fn several<T: Send + 'static>(

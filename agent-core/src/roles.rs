@@ -45,6 +45,9 @@ enum Rule {
     Dns(String),
     Uri(String),
     User(u32),
+    /// Nobody, until the agent is started anew: the name and why. A user that is gone, or a directory service that is not up yet,
+    /// keeps no agent from starting.
+    UnknownUser(String),
 }
 
 impl TryFrom<String> for Rule {
@@ -58,7 +61,7 @@ impl TryFrom<String> for Rule {
             "CN" => return Ok(Self::CommonName(value)),
             "DNS" => return Ok(Self::Dns(value.to_ascii_lowercase())),
             "URI" => return Ok(Self::Uri(value)),
-            "USER" => return uid_of(&value).map(Self::User),
+            "USER" => return Ok(uid_of(&value).map_or_else(Self::UnknownUser, Self::User)),
             _ => {}
         }
         Err(format!("{text:?} must be OU=, CN=, DNS= or URI= of a certificate, or USER= of this host"))
@@ -73,6 +76,7 @@ impl fmt::Display for Rule {
             Self::Dns(name) => write!(f, "DNS={name}"),
             Self::Uri(uri) => write!(f, "URI={uri}"),
             Self::User(uid) => write!(f, "USER={uid}"),
+            Self::UnknownUser(problem) => f.write_str(problem),
         }
     }
 }
@@ -125,6 +129,18 @@ impl Roles {
     /// May others than root use the socket?
     pub(crate) fn name_users(&self) -> bool {
         Role::ALL.into_iter().flat_map(|role| self.rules(role)).any(|rule| matches!(rule, Rule::User(_)))
+    }
+
+    /// Logs whom the config names and this host does not know.
+    pub(crate) fn tell_unknown_users(&self) {
+        for problem in Role::ALL.into_iter().flat_map(|role| self.rules(role)) {
+            if let Rule::UnknownUser(problem) = problem {
+                tracing::warn!(
+                    problem,
+                    "nobody has a role by it: correct the config, or restart the agent when the user is known"
+                );
+            }
+        }
     }
 
     /// The caller that a certificate makes, which the TLS handshake has found valid.
@@ -258,7 +274,9 @@ mod tests {
     #[test]
     fn users_of_the_host_have_roles_too() {
         let roles: Roles =
-            toml::from_str("reader = [\"USER=4000000001\"]\noperator = [\"USER=nobody\"]").unwrap();
+            toml::from_str("reader = [\"USER=4000000001\", \"USER=gone\"]\noperator = [\"USER=nobody\"]")
+                .unwrap();
+        roles.check().unwrap();
         assert!(roles.name_users() && !Roles::default().name_users());
         let nobody = User::from_name("nobody").unwrap().unwrap().uid.as_raw();
         assert_eq!(
@@ -276,7 +294,6 @@ mod tests {
             ("reader = [\"admin\"]", "must be OU="),
             ("reader = [\"OU=\"]", "must be OU="),
             ("reader = [\"O=x\"]", "must be OU="),
-            ("reader = [\"USER=no-such-user\"]", "no such user"),
             ("readers = []", "unknown field `readers`"),
             ("reader = [\"CN=a\"]\noperator = [\"CN=a\"]", "server.roles.operator"),
         ] {

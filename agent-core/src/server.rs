@@ -88,6 +88,7 @@ pub async fn serve(
     shutdown: CancellationToken,
     ready: impl FnOnce(),
 ) -> Result<(), ServerError> {
+    server.roles.tell_unknown_users();
     let doors = Doors::new(server.roles.clone(), shutdown.clone());
     let local = doors::listen_unix(&server.socket, server.roles.name_users())?;
     let tcp = match server.listen {

@@ -124,8 +124,11 @@ impl Attachments {
             if views.in_live(id) && !guest_holds {
                 drop(turn);
                 let unplugged = self.unplug_live(steps, id, attachment, guest_deadline).await;
-                // libvirtd went away during the call: what became of it is seen in the next look, which reaches it again.
-                if matches!(&unplugged, Err(failure) if failure.reason == Reason::HypervisorUnavailable) {
+                // libvirtd went away during the call: what became of it is seen in the next look, which reaches it again. A domain
+                // that was busy was not asked at all.
+                if let Err(failure) = &unplugged
+                    && matches!(failure.reason, Reason::HypervisorUnavailable | Reason::DomainBusy)
+                {
                     last = unplugged.err();
                     continue;
                 }

@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::force::Force;
 use tether_agent_core::operations::RECONCILE;
-use tether_agent_core::reconcile::{Findings, TombstoneDays, several};
+use tether_agent_core::reconcile::{AT_A_TIME, Findings, TombstoneDays, several};
 use tether_agent_core::steps::Steps;
 use tether_proto::wire::{Outcome, ReconcileAction, ReconcileResponse};
 use tether_proto::{AttachmentId, Transport};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::attach::Known;
@@ -44,7 +46,7 @@ impl Attachments {
         if dry_run {
             return self.plan().await.into_response();
         }
-        self.work(Domains::Asked, self.journal.list()).await.into_response()
+        self.work().await.into_response()
     }
 
     /// Connects what the journal has, if this is the first start since the host was booted. Gives up waiting after a minute.
@@ -69,8 +71,9 @@ impl Attachments {
         let (count, began) = (records.len(), Instant::now());
         let working = tokio::spawn(self.clone().connect_all(records));
         match timeout(BOOT_DEADLINE, working).await {
-            Ok(Ok(())) => tracing::info!(
+            Ok(Ok(missing)) => tracing::info!(
                 attachments = count,
+                failed = missing,
                 milliseconds = began.elapsed().as_millis(),
                 "the host was booted: connected what its domains need"
             ),
@@ -85,25 +88,53 @@ impl Attachments {
         }
     }
 
-    /// Tries until all are connected, or it has taken so long that domains go first.
-    async fn connect_all(self: Arc<Self>, mut records: Vec<AttachmentRecord>) {
-        let (began, mut pace) = (Instant::now(), interval(BOOT_RETRY));
+    /// Tries each until it is connected, or time does not mend what is wrong, or it has taken so long that domains go first. Gives
+    /// how many are not connected.
+    async fn connect_all(self: Arc<Self>, records: Vec<AttachmentRecord>) -> usize {
+        let until = Instant::now() + BOOT_DEADLINE;
+        let (mut trying, turns) = (JoinSet::new(), Arc::new(Semaphore::new(AT_A_TIME)));
+        for record in records {
+            trying.spawn(self.clone().connect_until(record.id, until, turns.clone()));
+        }
+        let mut missing = 0;
+        while let Some(connected) = trying.join_next().await {
+            missing += usize::from(!connected.unwrap_or(false));
+        }
+        missing
+    }
+
+    /// One that fails holds up no other's next try.
+    async fn connect_until(self: Arc<Self>, id: AttachmentId, until: Instant, turns: Arc<Semaphore>) -> bool {
+        let mut pace = interval(BOOT_RETRY);
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        while !records.is_empty() && began.elapsed() < BOOT_DEADLINE {
+        loop {
             pace.tick().await;
-            let found = self.work(Domains::Down, records.clone()).await.into_response();
-            let failed = |record: &AttachmentRecord| {
-                let key = record.id.to_string();
-                found.items.iter().any(|item| item.key == key && !item.done)
-            };
-            records.retain(failed);
+            // Nobody closes it.
+            let _turn = turns.acquire().await;
+            if Instant::now() >= until {
+                return false;
+            }
+            let one = self.clone();
+            let connect =
+                move |steps: Steps| async move { one.reconcile_one(&steps, id, Domains::Down).await };
+            let outcome = self.operations().run(&id.to_string(), RECONCILE, "boot".to_owned(), connect).await;
+            match outcome {
+                Ok(_) => return true,
+                Err(failure) => {
+                    let again = failure.reason.retry_after().is_some();
+                    tracing::error!(attachment = %id, again, error = %failure, "not connected after the boot");
+                    if !again {
+                        return false;
+                    }
+                }
+            }
         }
     }
 
-    async fn work(self: &Arc<Self>, domains: Domains, records: Vec<AttachmentRecord>) -> Findings {
+    async fn work(self: &Arc<Self>) -> Findings {
         let mut findings = Findings::default();
         let mut work = Vec::new();
-        for record in records {
+        for record in self.journal.list() {
             let Some((action, why)) = called_for(&record, self.tombstones) else {
                 findings.unchanged();
                 continue;
@@ -113,8 +144,8 @@ impl Attachments {
                 let one = this.clone();
                 let outcome = this
                     .operations()
-                    .run(&id.to_string(), RECONCILE, format!("{domains:?}"), move |steps| async move {
-                        one.reconcile_one(&steps, id, domains).await
+                    .run(&id.to_string(), RECONCILE, String::new(), move |steps| async move {
+                        one.reconcile_one(&steps, id, Domains::Asked).await
                     })
                     .await;
                 (id, action, why, outcome)

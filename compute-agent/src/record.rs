@@ -5,7 +5,9 @@ use serde::{Deserialize, Serialize};
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::force::Force;
 use tether_agent_core::reconcile;
-use tether_proto::{AttachmentId, ByteSize, ConnectionInfo, DiskOptions, DomainName, Serial, Transport};
+use tether_proto::{
+    AttachmentId, ByteSize, ConnectionInfo, DiskDiscard, DiskOptions, DomainName, Serial, Transport,
+};
 use uuid::Uuid;
 
 use crate::hypervisor::domain_xml::DiskPlan;
@@ -165,20 +167,83 @@ impl Attachment {
             _ => {}
         }
         // Only the size may be another: the volume may have been extended between the calls. And an older agent, or an older
-        // command, knew nothing of how a target proves itself.
+        // command, knew nothing of how a target proves itself or of a file that keeps its space, and wrote down `unmap` for a
+        // discard that was left out.
         let mut told = ConnectionInfo { size: self.connection.size, ..connection.clone() };
-        if let (Transport::Iscsi(known), Transport::Iscsi(told)) =
-            (&self.connection.transport, &mut told.transport)
-            && known.mutual_chap.is_none()
-        {
-            told.mutual_chap = None;
+        match (&self.connection.transport, &mut told.transport) {
+            (Transport::Iscsi(known), Transport::Iscsi(told)) if known.mutual_chap.is_none() => {
+                told.mutual_chap = None;
+            }
+            (Transport::Nfs(known), Transport::Nfs(told)) => told.keep_allocated = known.keep_allocated,
+            _ => {}
         }
         if self.connection != told {
             return Some("connection info is another".to_owned());
         }
-        if self.options != *options {
+        let discard = match (self.options.discard, options.discard) {
+            (Some(DiskDiscard::Unmap), None) => self.options.discard,
+            (_, asked) => asked,
+        };
+        let asked = DiskOptions { discard, ..options.clone() };
+        if self.options != asked {
             return Some(format!("disk options are {:?} and not {options:?}", self.options));
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tether_proto::wire;
+
+    fn told(keep_allocated: bool, discard: wire::DiskDiscard) -> (ConnectionInfo, DiskOptions) {
+        let nfs = wire::NfsConnection {
+            servers: vec!["192.0.2.1".into()],
+            path: "/srv/share".into(),
+            file: "v.raw".into(),
+            format: wire::VolumeFormat::Raw.into(),
+            inode: 7,
+            file_system_id: "67e55044-10b1-426f-9247-bb680e5fe0c8".into(),
+            keep_allocated,
+        };
+        let connection = wire::ConnectionInfo {
+            transport: Some(wire::connection_info::Transport::Nfs(nfs)),
+            size_bytes: 1 << 20,
+            serial: "0123".into(),
+            ..Default::default()
+        };
+        let options = wire::DiskOptions { discard: discard.into(), ..Default::default() };
+        ((&connection).try_into().unwrap(), (&options).try_into().unwrap())
+    }
+
+    /// Rule 4, after an upgrade: agents that knew of no file that keeps its space wrote `unmap` down when nothing was said.
+    #[test]
+    fn a_repeated_call_is_the_same_also_to_the_record_of_an_older_agent() {
+        use wire::DiskDiscard::{Ignore, Unmap, Unspecified};
+        let domain: DomainName = "c2".parse().unwrap();
+        for ((was_kept, was), (is_kept, is), same) in [
+            ((false, Unmap), (true, Unspecified), true),
+            ((true, Unspecified), (true, Unspecified), true),
+            ((true, Unspecified), (false, Unspecified), true),
+            ((true, Unspecified), (true, Unmap), false),
+            ((true, Ignore), (true, Unspecified), false),
+            ((true, Unmap), (true, Ignore), false),
+        ] {
+            let (connection, options) = told(was_kept, was);
+            let attachment = Attachment {
+                requested_domain: domain.clone(),
+                domain_uuid: Uuid::nil(),
+                domain_name: "c2".into(),
+                connection,
+                options,
+                mount: None,
+                resizing_to: None,
+                plan: None,
+            };
+            let (connection, options) = told(is_kept, is);
+            let difference = attachment.difference(&domain, &connection, &options);
+            assert_eq!(difference.is_none(), same, "{was:?} {is:?}: {difference:?}");
+        }
     }
 }

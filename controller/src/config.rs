@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::ops::Range;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -280,6 +281,12 @@ impl Source<'_> {
             )
         };
         let bytes = std::fs::read(&path).map_err(|error| refuse(error.to_string()))?;
+        let mode = std::fs::metadata(&path).map_or(0, |metadata| metadata.permissions().mode());
+        if name == "key" && mode & 0o077 != 0 {
+            // Whoever has it may do all that its certificate may.
+            let problem = format!("{name}: others may read {} (mode {:04o})", path.display(), mode & 0o7777);
+            return Err(self.refuse(file.span(), &problem).next(format!("chmod 600 {}", path.display())));
+        }
         let wanted = if name == "key" { "PRIVATE KEY-----" } else { "-----BEGIN CERTIFICATE-----" };
         if !String::from_utf8_lossy(&bytes).contains(wanted) {
             return Err(refuse(format!(

@@ -3,6 +3,7 @@
 
 mod between;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -34,6 +35,9 @@ struct FindingView<'a> {
 /// A finding and the host it is about, as named in the config; `-` for what is between several.
 type Found = (String, Finding);
 
+/// How many addresses an agent tries for one call (compute.proto, DiagnoseRequest.reach).
+const ADDRESSES: usize = 64;
+
 /// Asks the storage agents first: where they are to be reached is what the compute agents try.
 pub(crate) async fn doctor(session: &Arc<Session>) -> Result<Output> {
     let storage = ask_all(session, Kind::Storage, |session, agent| async move {
@@ -55,11 +59,21 @@ pub(crate) async fn doctor(session: &Arc<Session>) -> Result<Output> {
         }));
         hosts.push(Diagnosed { host, diagnosis, clock });
     }
-    let endpoints: Vec<String> =
+    let endpoints: BTreeSet<String> =
         hosts.iter().flat_map(|host| host.diagnosis.endpoints.iter().map(|e| e.address.clone())).collect();
+    let endpoints: Vec<String> = endpoints.into_iter().collect();
     let compute = ask_all(session, Kind::Compute, move |session, agent| {
         let endpoints = endpoints.clone();
-        async move { diagnose(&session, &agent, endpoints).await }
+        async move {
+            let mut portions = endpoints.chunks(ADDRESSES).map(<[String]>::to_vec);
+            let (mut diagnosis, clock) =
+                diagnose(&session, &agent, portions.next().unwrap_or_default()).await?;
+            for portion in portions {
+                let (more, _) = diagnose(&session, &agent, portion).await?;
+                diagnosis.reached.extend(more.reached);
+            }
+            Ok((diagnosis, clock))
+        }
     });
     let (compute, more) = compute.await;
     silent.extend(more);
@@ -134,7 +148,12 @@ fn output(
 }
 
 fn not_asked(silent: &Silent) -> Found {
-    let why = "nothing can be attached or detached there; what is connected stays connected";
+    let why = match silent.failure.reason.as_str() {
+        "WRONG_ROLE" => {
+            "its findings are not known: the doctor starts programs there, which needs the role operator"
+        }
+        _ => "nothing can be attached or detached there; what is connected stays connected",
+    };
     let kind = silent.kind;
     let mend = format!("tether-{kind}-agent doctor   # on that host: it works without the agent");
     (silent.host.clone(), Finding::error("agent", silent.failure.message.clone(), why).mend(mend))

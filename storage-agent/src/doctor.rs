@@ -36,8 +36,9 @@ const GUESTS: lvm::Guests = lvm::Guests {
     setting: "scan_lvs = 0",
 };
 
-/// All checks of this host. A config that could not be read has no pools and no addresses, and they are not looked at.
-pub(crate) fn checks(config: &Config) -> Vec<Check> {
+/// All checks of this host. A config that could not be read has no pools and no addresses, and they are not looked at. No file
+/// system that hangs, as `stuck` says, is looked at once more.
+pub(crate) fn checks(config: &Config, stuck: &Stuck) -> Vec<Check> {
     let mut checks = vec![
         certificates::check(&config.server, config.danger),
         clock::check(),
@@ -76,12 +77,12 @@ pub(crate) fn checks(config: &Config) -> Vec<Check> {
                 }
             }
             Pool::Directory { path, owner_uid, owner_gid, .. } => {
-                let (directory, state) = (
-                    Directory::new(path, owner_uid, owner_gid, Stuck::default()),
-                    config.state_directory.clone(),
-                );
-                checks.push(Check::reading("pools", move || {
-                    vec![shared(&name, &directory, &state, threshold)]
+                let directory = Directory::new(path, owner_uid, owner_gid, stuck.clone());
+                let state = config.state_directory.clone();
+                checks.push(Check::new("pools", async move {
+                    let (pool, looked) = (name.clone(), directory.clone());
+                    let look = move || Ok::<_, Failure>(shared(&pool, &looked, &state, threshold));
+                    vec![directory.look(look).await.unwrap_or_else(|failure| unusable(&name, &failure))]
                 }));
             }
         }
@@ -245,6 +246,7 @@ mod tests {
              [pool.a]\nkind = \"lvm\"\nvolume_group = \"vg\"\nthin_pool = \"tp\"\ndevices = [\"/dev/sdb\"]\n",
         )
         .unwrap();
-        assert!(checks(&whole).len() > checks(&empty).len() + 3);
+        let count = |config| checks(config, &Stuck::default()).len();
+        assert!(count(&whole) > count(&empty) + 3);
     }
 }

@@ -27,6 +27,7 @@ mod watch;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use tether_agent_core::stuck::Stuck;
 use tether_agent_core::{daemon, metrics, program, services};
 use tether_proto::wire::storage_agent_server::StorageAgentServer;
 
@@ -55,6 +56,6 @@ fn main() -> ExitCode {
             let routes = services::with_health_and_reflection(service, &operations).await?;
             Ok(daemon::Agent { config, routes, operations, reconcile, measure })
         },
-        doctor::checks,
+        |config| doctor::checks(config, &Stuck::default()),
     )
 }

@@ -269,7 +269,8 @@ impl StorageAgent for Service {
         &self,
         request: Request<wire::DiagnoseRequest>,
     ) -> Result<Response<wire::DiagnoseResponse>, Status> {
-        let (checks, about) = (doctor::checks(&self.config), doctor::about(&self.config));
+        let (checks, about) =
+            (doctor::checks(&self.config, self.exports.operations().stuck()), doctor::about(&self.config));
         Ok(Response::new(diagnose(request.into_inner(), checks, about).await?))
     }
 

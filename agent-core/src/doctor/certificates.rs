@@ -54,14 +54,22 @@ fn judge(server: &Server, danger: Danger) -> Vec<Finding> {
     // The first is the agent's own (RFC 8446 section 4.4.2).
     if let Some(own) = chain.first() {
         let valid = with_certificate(own, |own| {
-            let root = |root: &Vec<u8>| with_certificate(root, |root| root.subject() == own.issuer());
-            if !roots.iter().any(|der| root(der).unwrap_or(false)) {
-                let found =
-                    format!("the agent's certificate is of {}, which is not in server.ca", own.issuer());
+            if !leads_to_a_root(&chain, &roots) {
+                let found = format!(
+                    "the agent's certificate is of {}, which is not in server.ca and not of an authority that is",
+                    own.issuer()
+                );
                 return Finding::error(CHECK, found, "controllers of the authority do not trust the agent")
                     .mend(issue_anew(own));
             }
             judge_time("the agent's certificate", own, now, &issue_anew(own))
+        });
+        findings.push(valid.unwrap_or_else(|| unreadable("server.certificate")));
+    }
+    for between in chain.iter().skip(1) {
+        let mend = "# put a new certificate of that authority into server.certificate, after the agent's own";
+        let valid = with_certificate(between, |between| {
+            judge_time("the authority that issued the agent's certificate", between, now, mend)
         });
         findings.push(valid.unwrap_or_else(|| unreadable("server.certificate")));
     }
@@ -72,6 +80,22 @@ fn judge(server: &Server, danger: Danger) -> Vec<Finding> {
         findings.push(valid.unwrap_or_else(|| unreadable("server.ca")));
     }
     findings
+}
+
+/// Is the first certificate's issuer a root, or one of the others, and so on, as who checks it goes (RFC 5280 section 6.1)?
+fn leads_to_a_root(chain: &[Vec<u8>], roots: &[Vec<u8>]) -> bool {
+    let names = |der: &Vec<u8>| {
+        with_certificate(der, |one| (one.subject().as_raw().to_vec(), one.issuer().as_raw().to_vec()))
+    };
+    let mut between: Vec<_> = chain.iter().skip(1).filter_map(names).collect();
+    let Some((_, mut issuer)) = chain.first().and_then(names) else { return false };
+    loop {
+        if roots.iter().filter_map(names).any(|(subject, _)| subject == issuer) {
+            return true;
+        }
+        let Some(next) = between.iter().position(|(subject, _)| *subject == issuer) else { return false };
+        issuer = between.swap_remove(next).1;
+    }
 }
 
 /// When the first of the certificates that the config names expires, in seconds since 1970; nothing when there is none that can
@@ -253,6 +277,24 @@ mod tests {
         let early = worst(&pki.issue(2, 300));
         assert_eq!(early.severity, Severity::Error);
         assert!(early.found.contains("not valid before"), "{early:?}");
+    }
+
+    #[test]
+    fn an_authority_between_the_agents_and_the_root_is_followed() {
+        let pki = Pki::new();
+        let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        parameters.distinguished_name.push(DnType::CommonName, "between");
+        let key = KeyPair::generate().unwrap();
+        let pem = parameters.signed_by(&key, &pki.issuer).unwrap().pem();
+        let between = Pki { folder: pki.folder, issuer: Issuer::new(parameters, key) };
+        let server = between.issue(-1, 300);
+        let alone = worst(&server);
+        assert_eq!(alone.severity, Severity::Error);
+        assert!(alone.found.contains("not in server.ca"), "{alone:?}");
+        let own = std::fs::read_to_string(between.path("agent1.crt")).unwrap();
+        std::fs::write(between.path("agent1.crt"), own + &pem).unwrap();
+        assert_eq!(worst(&server).severity, Severity::Ok);
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct Settings {
     pub scan_lvs: bool,
     /// Only devices in a devices file are seen.
     pub use_devicesfile: bool,
-    /// `filter` or `global_filter` rejects something.
+    /// `filter` or `global_filter` rejects all that it does not accept, or what Tether exports.
     pub rejects: bool,
 }
 
@@ -46,7 +46,14 @@ impl Settings {
             let line = text.lines().find_map(|line| line.trim().strip_prefix(key)?.strip_prefix('='));
             line.unwrap_or_default()
         };
-        let rejects = |key: &str| value(key).contains("\"r");
+        // One that rejects everything, or that has the beginning of LIO's WWNs.
+        let rejects = |key: &str| {
+            let mut rejected = value(key).split('"').filter_map(|text| text.strip_prefix('r'));
+            rejected.any(|pattern| {
+                let inner = pattern.get(1..pattern.len().saturating_sub(1)).unwrap_or_default();
+                inner == ".*" || inner.contains("6001405")
+            })
+        };
         Self {
             scan_lvs: value("scan_lvs") == "1",
             use_devicesfile: value("use_devicesfile") == "1",

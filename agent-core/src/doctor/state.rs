@@ -91,8 +91,9 @@ fn damaged_file(path: &Path, problem: &str) -> Finding {
     let why = "what it recorded is not known, so nothing new is exported or attached, and no share or mount is ended that it may \
         need. Without a backup: find what it was of among the orphaned in tether list --all, end that by hand, and only then \
         remove the file";
+    // `KEY.json.damaged`, or with a number when there was one already.
     let whole = path.display().to_string();
-    let whole = whole.trim_end_matches(".damaged");
+    let whole = whole.rfind(".json").map_or(whole.as_str(), |at| &whole[..at + ".json".len()]);
     let aside = if path.extension().is_some_and(|extension| extension == "damaged") {
         format!(" && rm {}", path.display())
     } else {
@@ -135,5 +136,10 @@ mod tests {
         let found = damaged(folder.path(), journals);
         assert_eq!((found.len(), found[0].severity), (1, Severity::Error));
         assert!(found[0].found.contains("exports/b.json"), "{found:?}");
+        let second = damaged_file(Path::new("/x/b.json.1.damaged"), "set aside by the agent");
+        assert!(
+            second.mend.starts_with("cp -p YOUR-BACKUP/x/b.json /x/b.json && rm /x/b.json.1.damaged &&"),
+            "{second:?}"
+        );
     }
 }

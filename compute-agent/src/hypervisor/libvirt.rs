@@ -220,9 +220,16 @@ impl Libvirt {
         bytes: u64,
         turn: Turn,
     ) -> Result<u64, LibvirtError> {
-        self.call("resize the disk", move |connection| {
+        let device = target_device.clone();
+        let turn = self
+            .call("resize the disk", move |connection| {
+                let domain = connection.lookup_domain_by_uuid(domain)?;
+                domain.block_resize(&device, bytes, sys::VIR_DOMAIN_BLOCK_RESIZE_BYTES)?;
+                Ok(turn)
+            })
+            .await?;
+        self.call("read the disk's size", move |connection| {
             let domain = connection.lookup_domain_by_uuid(domain)?;
-            domain.block_resize(&target_device, bytes, sys::VIR_DOMAIN_BLOCK_RESIZE_BYTES)?;
             let found = domain.block_info(&target_device, 0)?.capacity;
             drop(turn);
             Ok(found)

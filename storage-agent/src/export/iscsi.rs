@@ -219,8 +219,8 @@ impl Iscsi {
             loop {
                 pace.tick().await;
                 let (lio, iqn, name) = (lio.clone(), iqn.clone(), initiator.clone());
-                let look = move || lio.connected(&iqn, &name);
-                if !steps.block("check-logged-out", KERNEL_DEADLINE, look).await? {
+                // Not entered as STUCK: an Unexport by force may go on while this one still waits for the kernel.
+                if !blocking(KERNEL_DEADLINE, move || lio.connected(&iqn, &name)).await? {
                     return Ok(());
                 }
                 if Instant::now() >= until {

@@ -75,7 +75,10 @@ pub(crate) async fn file(
             FileRecord { extending_to: Some(ByteSize::try_from(found.size)?), ..record }
         }
         // A hypervisor cut it to an earlier size: the extension is to be made good.
-        None if found.size < record.size.bytes() => FileRecord { extending_to: Some(record.size), ..record },
+        None if found.size < record.size.bytes() => {
+            tracing::warn!(%volume, bytes = found.size, "a late resize has cut the file: what was behind is lost");
+            FileRecord { extending_to: Some(record.size), ..record }
+        }
         _ => record,
     };
     Ok(FoundFile { record, name, directory: directory_record, found })

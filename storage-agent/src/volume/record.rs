@@ -62,7 +62,7 @@ pub(crate) struct FileRecord {
     /// An extension to this size has begun and is not seen done: a raw file has any size up to it. With a size that is told
     /// already it is a qcow2 file that the compute host will make larger, or has, as far as its caller said.
     pub(crate) extending_to: Option<ByteSize>,
-    /// The size of a raw file before it was extended under a hypervisor. QEMU sets the file's length when it is told of a size: told
+    /// The size of a raw file before it was extended under a hypervisor, until nobody has it any more. QEMU sets the file's length when it is told of a size: told
     /// late of one that is past, it cuts the file, and the same extension makes that good.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) grown_from: Option<ByteSize>,

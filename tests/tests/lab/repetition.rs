@@ -2,7 +2,7 @@
 
 use tether_proto::wire;
 
-use crate::{Fixture, attach_with, export, reason, text};
+use crate::{Fixture, attach_with, export, iscsi, reason, text};
 
 fn outcome(report: Option<wire::OperationReport>) -> wire::Outcome {
     report.expect("a report").outcome()
@@ -154,20 +154,24 @@ async fn a_disk_whose_session_was_ended_is_not_called_repaired() {
     fixture.assert_nothing_left("at the end").await;
 }
 
-/// F12: the name is there, a part is missing. A repeated Export puts it right, and a repeated Attach plugs the disk in
-/// again.
+/// F12, F13: the name is there, a part is missing, and the secret is another. A repeated Export puts it right, and a repeated
+/// Attach plugs the disk in again.
 #[tokio::test]
 #[ignore = "lab"]
-async fn f12_a_repeated_call_repairs_what_is_missing() {
+async fn f12_f13_a_repeated_call_repairs_what_is_missing_or_another() {
     let fixture = Fixture::new().await;
     let serial = text(&fixture.volume("thick/part").await, "/serial").to_owned();
-    let (id, info) = export(&fixture, "thick/part").await;
+    let (id, mut info) = export(&fixture, "thick/part").await;
     attach_with(&fixture, &id, "c2", info.clone()).await.unwrap();
+    let secret = iscsi(&mut info).chap_secret.clone();
     let target = format!("/sys/kernel/config/target/iscsi/{}:{id}/tpgt_1", tether_tests::tether::IQN_PREFIX);
     fixture
         .lab
         .storage
-        .run(&format!("rmdir '{target}/np/[fd99::1]:3260'; echo 0 >{target}/attrib/authentication"))
+        .run(&format!(
+            "rmdir '{target}/np/[fd99::1]:3260'; echo 0 >{target}/attrib/authentication; \
+             echo -n another-secret >{target}/acls/*/auth/password"
+        ))
         .await
         .unwrap();
     let connector =
@@ -185,10 +189,10 @@ async fn f12_a_repeated_call_repairs_what_is_missing() {
     let state = fixture
         .lab
         .storage
-        .run(&format!("ls '{target}/np'; cat {target}/attrib/authentication"))
+        .run(&format!("ls '{target}/np'; cat {target}/attrib/authentication {target}/acls/*/auth/password"))
         .await
         .unwrap();
-    assert_eq!(state, "10.99.0.1:3260\n[fd99::1]:3260\n1\n");
+    assert_eq!(state.trim_end(), format!("10.99.0.1:3260\n[fd99::1]:3260\n1\n{secret}"));
 
     fixture.lab.compute.run("virsh -q detach-disk c2 vda --live --config").await.unwrap();
     fixture.lab.guest("c2").unwrap().wait_gone(&serial, crate::SEEN).await.unwrap();

@@ -62,7 +62,8 @@ impl Volumes {
             let made = async {
                 self.write_file_record(steps, "write-journal", &pending).await?;
                 steps.run("extend-volume", grow(directory, &file, size, steps, "extend-volume")).await?;
-                steps.run("verify-volume", find::measure(directory, &done)).await?;
+                let whole = FileRecord { grown_from: None, ..done.clone() };
+                steps.run("verify-volume", find::measure(directory, &whole)).await?;
                 self.write_file_record(steps, "close-journal", &done).await
             };
             match made.await {
@@ -134,8 +135,8 @@ impl Volumes {
     }
 }
 
-/// Ends an extension that was cut off, or that was left to a compute host which did not come to it. Only for a volume that
-/// nobody has: then no QEMU has the file open. Gives the record as it is afterwards.
+/// Ends an extension that was cut off, or that was left to a compute host which did not come to it. A qcow2 file must be one that
+/// nobody has: then no QEMU has it open. Gives the record as it is afterwards.
 pub(crate) async fn settle(
     pools: &Arc<Pools>,
     directory: &Directory,
@@ -147,8 +148,8 @@ pub(crate) async fn settle(
     let size = round_up(size, UNIT)?;
     const STEP: &str = "finish-extension";
     grow(directory, file, size, steps, STEP).await?;
-    let record = FileRecord { size, extending_to: None, grown_from: None, ..file.record.clone() };
-    find::measure(directory, &record).await?;
+    let record = FileRecord { size, extending_to: None, ..file.record.clone() };
+    find::measure(directory, &FileRecord { grown_from: None, ..record.clone() }).await?;
     let (pools, settled) = (pools.clone(), record.clone());
     let put = move || pools.files.put(&journal_key(&settled.volume), &settled);
     steps.block(STEP, KERNEL_DEADLINE, put).await?;
