@@ -2,6 +2,7 @@
 //! configs, and the API's reference. `packaging/build` runs it; it ships in no package. Not here: what is in the packages,
 //! that stands in the Cargo.toml of each program.
 
+mod guide;
 mod reference;
 
 use std::fs;
@@ -68,6 +69,8 @@ fn write_all(folder: &Path) -> anyhow::Result<()> {
     }
     let path = folder.join(reference::FILE);
     fs::write(&path, reference::markdown()?).with_context(|| format!("writing {}", path.display()))?;
+    let path = man.join(guide::FILE);
+    fs::write(&path, guide::page(&source())).with_context(|| format!("writing {}", path.display()))?;
     for (name, path, program, section, example) in CONFIGS {
         let page = config_page(name, path, program, section, example);
         let path = man.join(format!("{name}.5"));
@@ -156,6 +159,7 @@ mod tests {
         assert!(!config.lines().any(|line| line.starts_with("'")), "{config}");
         read("man/tether-compute-agent.toml.5");
         read("man/tether.toml.5");
+        read("man/tether.7");
         for path in ["bash/tether.bash", "zsh/_tether", "fish/tether.fish", "bash/tether-compute-agent.bash"]
         {
             assert!(read(path).contains("tether"), "{path}");
