@@ -340,10 +340,14 @@ impl Libvirt {
         };
         let work = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            work(&connection).map_err(|error| match error.code().unwrap_or(ErrorNumber::InternalError) {
-                // Another job had the domain for 30 s (libvirt's src/qemu/qemu_domainjob.c): nothing was begun.
-                ErrorNumber::OperationTimeout => LibvirtError::Held { message: error.message().to_owned() },
-                code => LibvirtError::Refused { action, message: error.message().to_owned(), code },
+            work(&connection).map_err(|error| {
+                // QEMU's words may have several lines; the log has one for each of ours.
+                let message = error.message().trim().replace('\n', "; ");
+                match error.code().unwrap_or(ErrorNumber::InternalError) {
+                    // Another job had the domain for 30 s (libvirt's src/qemu/qemu_domainjob.c): nothing was begun.
+                    ErrorNumber::OperationTimeout => LibvirtError::Held { message },
+                    code => LibvirtError::Refused { action, message, code },
+                }
             })
         });
         match timeout(CALL_DEADLINE, work).await {
