@@ -4,7 +4,7 @@
 use crate::failure::Failure;
 
 /// The file that says where to fail: lines of `STEP before` or `STEP after`; with ` kill` behind it the agent dies there of
-/// SIGKILL, once: the file is removed first. Named by this variable of the environment.
+/// SIGKILL, once: the line is removed first, and with the last of these the file. Named by this variable of the environment.
 #[cfg(feature = "fault-injection")]
 const FAULT_FILE: &str = "TETHER_FAULT_FILE";
 
@@ -16,9 +16,14 @@ pub(crate) fn check(step: &str, moment: &str) -> Result<(), Failure> {
     let wanted = format!("{step} {moment}");
     let file = std::env::var_os(FAULT_FILE).unwrap_or_default();
     let faults = std::fs::read_to_string(&file).unwrap_or_default();
-    if faults.lines().any(|line| line.trim() == format!("{wanted} kill"))
-        && std::fs::remove_file(&file).is_ok()
-    {
+    let deadly = format!("{wanted} kill");
+    let left: String =
+        faults.lines().filter(|line| line.trim() != deadly).map(|line| format!("{line}\n")).collect();
+    let forgotten = || match left.contains(" kill\n") {
+        true => std::fs::write(&file, &left),
+        false => std::fs::remove_file(&file),
+    };
+    if faults.lines().any(|line| line.trim() == deadly) && forgotten().is_ok() {
         let own = nix::unistd::Pid::this();
         if let Err(error) = nix::sys::signal::kill(own, nix::sys::signal::Signal::SIGKILL) {
             tracing::error!(%error, "it does not die");

@@ -6,6 +6,7 @@
 mod attachments;
 mod force;
 mod resize;
+mod undo;
 mod volumes;
 
 use tether_proto::wire::{self, Outcome};
