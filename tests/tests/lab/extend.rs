@@ -112,12 +112,6 @@ async fn shrinks_never(fixture: &Fixture, volume: &str, id: &str) {
 
 #[tokio::test]
 #[ignore = "lab"]
-async fn f49_f5_a_thick_volume_grows_over_iscsi_under_a_guest_and_shows_no_old_data() {
-    grows("thick/grows", &[], "c2", "virtio").await;
-}
-
-#[tokio::test]
-#[ignore = "lab"]
 async fn f49_a_qcow2_file_grows_over_nfs_under_a_guest() {
     grows("share/grows", &["--format", "qcow2"], "c3", "virtio").await;
 }
@@ -178,6 +172,12 @@ async fn a_resize_is_refused_when_what_it_needs_is_not_there() {
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f49_f5_a_thick_volume_grows_over_iscsi_under_a_guest_and_shows_no_old_data() {
+        grows("thick/grows", &[], "c2", "virtio").await;
+    }
 
     /// A qcow2 file that is told larger before any guest has it: Export says the size that it has, no other is believed, and it is
     /// grown once it is attached. One that is grown further than its storage host was told is still the volume.

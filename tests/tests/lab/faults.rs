@@ -157,15 +157,15 @@ async fn all_zero(guest: &Guest, disk: &Disk, start: u64, when: &str) {
     assert_eq!(guest.command(&zeros).await.unwrap().trim_end_matches(';'), "0", "{when}");
 }
 
-#[tokio::test]
-#[ignore = "lab"]
-async fn f5_an_extension_failing_at_any_step_shows_no_old_data_and_is_finished_by_the_next_call() {
-    extend_failing("thick/longer").await;
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f5_an_extension_failing_at_any_step_shows_no_old_data_and_is_finished_by_the_next_call() {
+        extend_failing("thick/longer").await;
+    }
 
     /// Telling the guest fails at any step: it is told by the next call, and is none the worse.
     #[tokio::test]

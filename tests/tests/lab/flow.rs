@@ -75,65 +75,6 @@ async fn f38_the_rest_of_the_domain_xml_is_unchanged_byte_for_byte() {
     }
 }
 
-#[tokio::test]
-#[ignore = "lab"]
-async fn disk_options_reach_the_guest() {
-    let fixture = Fixture::new().await;
-    fixture.volume("thin/options").await;
-    fixture
-        .attach(&[
-            "thin/options",
-            "c2",
-            "--bus",
-            "scsi",
-            "--target-device",
-            "sdq",
-            "--serial",
-            "MY_serial.1",
-            "--read-only",
-            "--cache",
-            "writethrough",
-            "--io",
-            "threads",
-            "--discard",
-            "ignore",
-            "--live-only",
-        ])
-        .await;
-    let disk = fixture.sees("c2", "MY_serial.1").await;
-    assert!(disk.read_only);
-    let write = fixture.lab.guest("c2").unwrap().write(&disk, "x", 512).await;
-    assert!(write.is_err(), "a read-only disk takes no write");
-    let xml = fixture.xml("c2", "").await;
-    for part in [
-        "cache='writethrough'",
-        "io='threads'",
-        "discard='ignore'",
-        "<readonly/>",
-        "dev='sdq' bus='scsi'",
-        "type='raw'",
-    ] {
-        assert!(xml.contains(part), "{part} in {xml}");
-    }
-    assert!(!fixture.xml("c2", "--inactive").await.contains("ua-tether"), "live only");
-    fixture.tether.json(&["detach", "thin/options", "c2"]).await.unwrap();
-    fixture.assert_nothing_left("after the detach").await;
-}
-
-/// F5: a new thick volume in the place of an old one shows nothing of it.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f5_a_new_volume_shows_nothing_of_an_old_one() {
-    let fixture = Fixture::new().await;
-    let storage = &fixture.lab.storage;
-    storage.run("lvcreate -qy -Wn -L 16m -n old tether && yes secret | head -c 16M | dd of=/dev/tether/old bs=1M oflag=direct iflag=fullblock 2>&1 && lvremove -qy tether/old").await.unwrap();
-    fixture.volume("thick/new").await;
-    let zeros = "cmp -n 16777216 /dev/tether/new /dev/zero";
-    storage.run(zeros).await.expect("all of it is zero");
-    fixture.tether.json(&["volume", "create", "thin/new-thin", "16M"]).await.unwrap();
-    storage.run("cmp -n 16777216 /dev/tether/new-thin /dev/zero").await.expect("all of it is zero");
-}
-
 /// Any LV of the pool can be exported; only ours can be deleted, and never while exported.
 #[tokio::test]
 #[ignore = "lab"]
@@ -158,6 +99,65 @@ async fn somebody_elses_volume_can_be_attached_and_never_deleted() {
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// F5: a new thick volume in the place of an old one shows nothing of it.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f5_a_new_volume_shows_nothing_of_an_old_one() {
+        let fixture = Fixture::new().await;
+        let storage = &fixture.lab.storage;
+        storage.run("lvcreate -qy -Wn -L 16m -n old tether && yes secret | head -c 16M | dd of=/dev/tether/old bs=1M oflag=direct iflag=fullblock 2>&1 && lvremove -qy tether/old").await.unwrap();
+        fixture.volume("thick/new").await;
+        let zeros = "cmp -n 16777216 /dev/tether/new /dev/zero";
+        storage.run(zeros).await.expect("all of it is zero");
+        fixture.tether.json(&["volume", "create", "thin/new-thin", "16M"]).await.unwrap();
+        storage.run("cmp -n 16777216 /dev/tether/new-thin /dev/zero").await.expect("all of it is zero");
+    }
+
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn disk_options_reach_the_guest() {
+        let fixture = Fixture::new().await;
+        fixture.volume("thin/options").await;
+        fixture
+            .attach(&[
+                "thin/options",
+                "c2",
+                "--bus",
+                "scsi",
+                "--target-device",
+                "sdq",
+                "--serial",
+                "MY_serial.1",
+                "--read-only",
+                "--cache",
+                "writethrough",
+                "--io",
+                "threads",
+                "--discard",
+                "ignore",
+                "--live-only",
+            ])
+            .await;
+        let disk = fixture.sees("c2", "MY_serial.1").await;
+        assert!(disk.read_only);
+        let write = fixture.lab.guest("c2").unwrap().write(&disk, "x", 512).await;
+        assert!(write.is_err(), "a read-only disk takes no write");
+        let xml = fixture.xml("c2", "").await;
+        for part in [
+            "cache='writethrough'",
+            "io='threads'",
+            "discard='ignore'",
+            "<readonly/>",
+            "dev='sdq' bus='scsi'",
+            "type='raw'",
+        ] {
+            assert!(xml.contains(part), "{part} in {xml}");
+        }
+        assert!(!fixture.xml("c2", "--inactive").await.contains("ua-tether"), "live only");
+        fixture.tether.json(&["detach", "thin/options", "c2"]).await.unwrap();
+        fixture.assert_nothing_left("after the detach").await;
+    }
 
     /// F10: a guest's volume group inside a volume is not the host's matter.
     #[tokio::test]

@@ -37,71 +37,75 @@ async fn f29_a_guest_that_holds_its_disk_loses_it_only_by_force() {
     }
 }
 
-/// The compute host is lost for good: its agent does not answer, its guest still has the disk. Without force the export stays;
-/// with it the host is cut off, on both transports, and the volume goes to another host.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_host_that_is_lost_is_cut_off_only_by_force() {
-    let fixture = Fixture::new().await;
-    let storage = &fixture.lab.storage;
-    let mut ids = Vec::new();
-    for volume in ["thick/lost", "share/lost", "share/beside"] {
-        fixture.volume(volume).await;
-        ids.push(text(&fixture.attach(&[volume, "c2"]).await, "/attachment_id").to_owned());
-    }
-    fixture.lab.compute.run("systemctl stop tether-compute-agent").await.unwrap();
-    for id in &ids {
-        let (_, error) = fixture.tether.error(&["--timeout", "5", "detach", id]).await.unwrap();
-        assert_eq!(text(&error, "/reason"), "HOST_UNREACHABLE", "{error:#}");
-    }
-    let forced =
-        fixture.tether.json(&["detach", &ids[0], "--force"]).await.expect("the target is taken away");
-    assert!(forced["may_be_lost"][0].as_str().unwrap().contains("is logged in"), "{forced:#}");
-    // The share stays for the other volume, so the file stays this export's until that one is given up, too.
-    let (_, error) = fixture.tether.error(&["detach", &ids[1], "--force"]).await.unwrap();
-    assert_eq!(
-        (text(&error, "/reason"), text(&error, "/step")),
-        ("VOLUME_IN_USE", "fence-client"),
-        "{error:#}"
-    );
-    assert!(text(&error, "/next").contains(&ids[2]), "{error:#}");
-    let refused = export_to_another(&fixture, "share/lost", wire::AccessMode::ReadWrite).await;
-    assert_eq!(reason(&refused.expect_err("it is not free yet")).0, "VOLUME_EXPORTED");
-    fixture.tether.json(&["detach", &ids[2], "--force"]).await.expect("the last one cuts the host off");
-    assert_eq!(shared_with(&fixture).await, "", "nobody has the share");
-    fixture.tether.json(&["detach", &ids[1], "--force"]).await.expect("and now this one");
-    assert_eq!(left_on_storage(&fixture.lab).await, "");
-    for id in &ids {
-        let request = wire::GetExportRequest { attachment_id: id.clone() };
-        let kept = fixture.tether.storage().await.unwrap().get_export(request).await.unwrap().into_inner();
-        assert_eq!((kept.phase.as_str(), kept.may_be_lost.is_empty()), ("ended", false), "{kept:?}");
-    }
-    // nfsd has forgotten the client: the file can be deleted, and the LV too.
-    for volume in ["thick/lost", "share/lost", "share/beside"] {
-        fixture.tether.json(&["volume", "delete", volume]).await.expect("nobody has it");
-    }
-    assert_eq!(storage.run("cat /proc/fs/nfsd/clients/*/states 2>/dev/null; true").await.unwrap().trim(), "");
-
-    // The host comes back: what its agent has is ended there by force, too, and nothing is left.
-    fixture.lab.compute.run("systemctl start tether-compute-agent").await.unwrap();
-    for id in &ids {
-        let forced = fixture.tether.json(&["--timeout", "90", "detach", id, "--force"]).await;
-        println!("{:#}", forced.expect("ended on the compute host, too"));
-    }
-    fixture.lab.compute.run("virsh -q destroy c2").await.unwrap();
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-    loop {
-        let left = left_on_compute(&fixture.lab).await;
-        if left.is_empty() || tokio::time::Instant::now() > deadline {
-            assert_eq!(left, "");
-            break;
-        }
-    }
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// The compute host is lost for good: its agent does not answer, its guest still has the disk. Without force the export stays;
+    /// with it the host is cut off, on both transports, and the volume goes to another host.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_host_that_is_lost_is_cut_off_only_by_force() {
+        let fixture = Fixture::new().await;
+        let storage = &fixture.lab.storage;
+        let mut ids = Vec::new();
+        for volume in ["thick/lost", "share/lost", "share/beside"] {
+            fixture.volume(volume).await;
+            ids.push(text(&fixture.attach(&[volume, "c2"]).await, "/attachment_id").to_owned());
+        }
+        fixture.lab.compute.run("systemctl stop tether-compute-agent").await.unwrap();
+        for id in &ids {
+            let (_, error) = fixture.tether.error(&["--timeout", "5", "detach", id]).await.unwrap();
+            assert_eq!(text(&error, "/reason"), "HOST_UNREACHABLE", "{error:#}");
+        }
+        let forced =
+            fixture.tether.json(&["detach", &ids[0], "--force"]).await.expect("the target is taken away");
+        assert!(forced["may_be_lost"][0].as_str().unwrap().contains("is logged in"), "{forced:#}");
+        // The share stays for the other volume, so the file stays this export's until that one is given up, too.
+        let (_, error) = fixture.tether.error(&["detach", &ids[1], "--force"]).await.unwrap();
+        assert_eq!(
+            (text(&error, "/reason"), text(&error, "/step")),
+            ("VOLUME_IN_USE", "fence-client"),
+            "{error:#}"
+        );
+        assert!(text(&error, "/next").contains(&ids[2]), "{error:#}");
+        let refused = export_to_another(&fixture, "share/lost", wire::AccessMode::ReadWrite).await;
+        assert_eq!(reason(&refused.expect_err("it is not free yet")).0, "VOLUME_EXPORTED");
+        fixture.tether.json(&["detach", &ids[2], "--force"]).await.expect("the last one cuts the host off");
+        assert_eq!(shared_with(&fixture).await, "", "nobody has the share");
+        fixture.tether.json(&["detach", &ids[1], "--force"]).await.expect("and now this one");
+        assert_eq!(left_on_storage(&fixture.lab).await, "");
+        for id in &ids {
+            let request = wire::GetExportRequest { attachment_id: id.clone() };
+            let kept =
+                fixture.tether.storage().await.unwrap().get_export(request).await.unwrap().into_inner();
+            assert_eq!((kept.phase.as_str(), kept.may_be_lost.is_empty()), ("ended", false), "{kept:?}");
+        }
+        // nfsd has forgotten the client: the file can be deleted, and the LV too.
+        for volume in ["thick/lost", "share/lost", "share/beside"] {
+            fixture.tether.json(&["volume", "delete", volume]).await.expect("nobody has it");
+        }
+        assert_eq!(
+            storage.run("cat /proc/fs/nfsd/clients/*/states 2>/dev/null; true").await.unwrap().trim(),
+            ""
+        );
+
+        // The host comes back: what its agent has is ended there by force, too, and nothing is left.
+        fixture.lab.compute.run("systemctl start tether-compute-agent").await.unwrap();
+        for id in &ids {
+            let forced = fixture.tether.json(&["--timeout", "90", "detach", id, "--force"]).await;
+            println!("{:#}", forced.expect("ended on the compute host, too"));
+        }
+        fixture.lab.compute.run("virsh -q destroy c2").await.unwrap();
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            let left = left_on_compute(&fixture.lab).await;
+            if left.is_empty() || tokio::time::Instant::now() > deadline {
+                assert_eq!(left, "");
+                break;
+            }
+        }
+    }
 
     /// A host that is logged in keeps its export: without force nobody takes the disk away from under its guest.
     #[tokio::test]

@@ -59,40 +59,6 @@ async fn f30_a_second_detach_does_not_cancel_the_first_unplug() {
     fixture.assert_nothing_left("after the detach").await;
 }
 
-/// A guest that holds the disk open keeps nothing on virtio-blk: it is gone for the guest, and the last write is on the
-/// storage.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f9_what_the_guest_wrote_last_is_on_the_storage_after_the_detach() {
-    let fixture = Fixture::new().await;
-    let serial = text(&fixture.volume("thick/last").await, "/serial").to_owned();
-    for (cache, seed) in [("none", "one"), ("writeback", "two")] {
-        fixture.attach(&["thick/last", "c2", "--cache", cache]).await;
-        let disk = fixture.sees("c2", &serial).await;
-        let guest = fixture.lab.guest("c2").unwrap();
-        guest.write(&disk, seed, 8 << 20).await.unwrap();
-        let sum = guest.checksum(&disk, 8 << 20).await.unwrap();
-        fixture.tether.json(&["detach", "thick/last", "c2"]).await.unwrap();
-        guest.wait_gone(&serial, SEEN).await.unwrap();
-        assert_eq!(checksum_on_storage(&fixture.lab.storage, "last", 8 << 20).await, sum, "{cache}");
-    }
-}
-
-/// F17: the export went first. The session is a zombie, and the detach still takes everything away.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f17_an_export_that_went_first_still_detaches_cleanly() {
-    let fixture = Fixture::new().await;
-    fixture.volume("thick/first").await;
-    let id =
-        text(&fixture.attach(&["thick/first", "c2", "--bus", "scsi"]).await, "/attachment_id").to_owned();
-    crate::unexport_by_force(&fixture, &id).await.expect("the export is removed");
-    let began = Instant::now();
-    fixture.tether.json(&["detach", &id]).await.unwrap();
-    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
-    fixture.assert_nothing_left("after the detach").await;
-}
-
 /// F39: a domain without room is told how many slots it has and what to add, before anything is touched.
 #[tokio::test]
 #[ignore = "lab"]
@@ -131,6 +97,40 @@ async fn f39_a_full_domain_is_told_what_to_add_before_anything_is_touched() {
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// F17: the export went first. The session is a zombie, and the detach still takes everything away.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f17_an_export_that_went_first_still_detaches_cleanly() {
+        let fixture = Fixture::new().await;
+        fixture.volume("thick/first").await;
+        let id =
+            text(&fixture.attach(&["thick/first", "c2", "--bus", "scsi"]).await, "/attachment_id").to_owned();
+        crate::unexport_by_force(&fixture, &id).await.expect("the export is removed");
+        let began = Instant::now();
+        fixture.tether.json(&["detach", &id]).await.unwrap();
+        assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+        fixture.assert_nothing_left("after the detach").await;
+    }
+
+    /// A guest that holds the disk open keeps nothing on virtio-blk: it is gone for the guest, and the last write is on the
+    /// storage.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f9_what_the_guest_wrote_last_is_on_the_storage_after_the_detach() {
+        let fixture = Fixture::new().await;
+        let serial = text(&fixture.volume("thick/last").await, "/serial").to_owned();
+        for (cache, seed) in [("none", "one"), ("writeback", "two")] {
+            fixture.attach(&["thick/last", "c2", "--cache", cache]).await;
+            let disk = fixture.sees("c2", &serial).await;
+            let guest = fixture.lab.guest("c2").unwrap();
+            guest.write(&disk, seed, 8 << 20).await.unwrap();
+            let sum = guest.checksum(&disk, 8 << 20).await.unwrap();
+            fixture.tether.json(&["detach", "thick/last", "c2"]).await.unwrap();
+            guest.wait_gone(&serial, SEEN).await.unwrap();
+            assert_eq!(checksum_on_storage(&fixture.lab.storage, "last", 8 << 20).await, sum, "{cache}");
+        }
+    }
 
     /// The storage host is out of reach: nobody knows what became of the guest's last writes, so nothing is taken away. When
     /// it is back, the same call goes on.

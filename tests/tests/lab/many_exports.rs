@@ -10,43 +10,6 @@ use tokio::task::JoinSet;
 use crate::crash::{export_rpc, names};
 use crate::{Fixture, attach_with, export, make_volumes, new_id, unexport};
 
-/// F35: exports made and removed all at once, while somebody else makes and removes backstores and targets, too: none fails, each
-/// has its own target with its own backstore, and what is theirs is as they left it.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f34_f35_exports_at_once_beside_somebody_elses_do_not_get_into_each_others_way() {
-    let fixture = Arc::new(Fixture::new().await);
-    let storage = &fixture.lab.storage;
-    make_volumes(storage, "many", 16).await;
-    let theirs = "systemd-run -q --unit=theirs bash -c 'cd /sys/kernel/config/target; while :; do for n in 0 1 2; do \
-                  mkdir -p core/iblock_$n/theirs iscsi/iqn.2020-01.com.example:theirs-$n/tpgt_1; done; for n in 0 1 2; do \
-                  rmdir core/iblock_$n/theirs core/iblock_$n iscsi/iqn.2020-01.com.example:theirs-$n/tpgt_1 \
-                  iscsi/iqn.2020-01.com.example:theirs-$n; echo >>/run/theirs; done; done'";
-    storage.run(theirs).await.unwrap();
-    let mut exporting = JoinSet::new();
-    for number in 0..16 {
-        let fixture = fixture.clone();
-        exporting.spawn(async move { export(&fixture, &format!("thin/many-{number}")).await.0 });
-    }
-    let ids = exporting.join_all().await;
-    let backstores = format!(
-        "cd /sys/kernel/config/target; for t in iscsi/{IQN_PREFIX}*; do [ $(cat $t/tpgt_1/enable) = 1 ] && \
-         cat $t/tpgt_1/lun/lun_0/backstore/udev_path; done | sort -u | wc -l"
-    );
-    assert_eq!(storage.run(&backstores).await.unwrap().trim(), "16");
-    let mut unexporting = JoinSet::new();
-    for id in ids {
-        let fixture = fixture.clone();
-        unexporting.spawn(async move { unexport(&fixture, &id).await });
-    }
-    unexporting.join_all().await;
-    storage
-        .run("systemctl stop theirs; ! systemctl -q is-failed theirs && [ $(wc -l </run/theirs) -gt 10 ]")
-        .await
-        .unwrap();
-    fixture.assert_nothing_left("after the last").await;
-}
-
 /// How many system calls on files the agent makes for an export, and which.
 async fn work_of_an_export(fixture: &Fixture, volume: &str) -> (usize, String) {
     let watch = "mountpoint -q /sys/kernel/tracing || mount -t tracefs nodev /sys/kernel/tracing; cd /sys/kernel/tracing && \
@@ -108,6 +71,43 @@ async fn the_journal_costs_two_syncs_a_write_and_nothing_else_is_synced() {
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// F35: exports made and removed all at once, while somebody else makes and removes backstores and targets, too: none fails, each
+    /// has its own target with its own backstore, and what is theirs is as they left it.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f34_f35_exports_at_once_beside_somebody_elses_do_not_get_into_each_others_way() {
+        let fixture = Arc::new(Fixture::new().await);
+        let storage = &fixture.lab.storage;
+        make_volumes(storage, "many", 16).await;
+        let theirs = "systemd-run -q --unit=theirs bash -c 'cd /sys/kernel/config/target; while :; do for n in 0 1 2; do \
+                      mkdir -p core/iblock_$n/theirs iscsi/iqn.2020-01.com.example:theirs-$n/tpgt_1; done; for n in 0 1 2; do \
+                      rmdir core/iblock_$n/theirs core/iblock_$n iscsi/iqn.2020-01.com.example:theirs-$n/tpgt_1 \
+                      iscsi/iqn.2020-01.com.example:theirs-$n; echo >>/run/theirs; done; done'";
+        storage.run(theirs).await.unwrap();
+        let mut exporting = JoinSet::new();
+        for number in 0..16 {
+            let fixture = fixture.clone();
+            exporting.spawn(async move { export(&fixture, &format!("thin/many-{number}")).await.0 });
+        }
+        let ids = exporting.join_all().await;
+        let backstores = format!(
+            "cd /sys/kernel/config/target; for t in iscsi/{IQN_PREFIX}*; do [ $(cat $t/tpgt_1/enable) = 1 ] && \
+             cat $t/tpgt_1/lun/lun_0/backstore/udev_path; done | sort -u | wc -l"
+        );
+        assert_eq!(storage.run(&backstores).await.unwrap().trim(), "16");
+        let mut unexporting = JoinSet::new();
+        for id in ids {
+            let fixture = fixture.clone();
+            unexporting.spawn(async move { unexport(&fixture, &id).await });
+        }
+        unexporting.join_all().await;
+        storage
+            .run("systemctl stop theirs; ! systemctl -q is-failed theirs && [ $(wc -l </run/theirs) -gt 10 ]")
+            .await
+            .unwrap();
+        fixture.assert_nothing_left("after the last").await;
+    }
 
     /// F36: the work of an export does not grow with how many there are: the agent makes as many system calls on files.
     #[tokio::test]

@@ -118,78 +118,78 @@ pub(crate) async fn foreign_lines(fixture: &Fixture) -> String {
     fixture.lab.storage.run(command).await.unwrap()
 }
 
-/// F16: exports of somebody else stay as they are through attach, failed attach, detach and a restart of the agent: those of
-/// a file, those made by hand that are in no file, of other directories and of ours.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f16_exports_of_somebody_else_are_untouched() {
-    let fixture = Fixture::new().await;
-    let storage = &fixture.lab.storage;
-    fixture.volume("share/ours").await;
-    storage
-        .run(
-            "mkdir -p /srv/theirs /etc/exports.d && \
-             echo '/srv/theirs 10.99.0.2(ro,no_subtree_check) 10.99.0.50(rw,no_subtree_check)' >/etc/exports.d/foreign.exports && \
-             exportfs -r && exportfs -o ro,no_subtree_check 10.99.0.51:/srv/theirs && \
-             exportfs -o ro,all_squash,no_subtree_check 10.99.0.60:/srv/share",
-        )
-        .await
-        .unwrap();
-    let before = foreign_lines(&fixture).await;
-    assert_eq!(before.lines().count(), 5, "{before}");
-    let (failing, mut info) = export(&fixture, "share/ours").await;
-    assert_eq!(foreign_lines(&fixture).await, before, "after the export");
-    nfs(&mut info).inode += 1;
-    attach_with(&fixture, &failing, "c2", info).await.unwrap_err();
-    unexport(&fixture, &failing).await;
-    assert_eq!(foreign_lines(&fixture).await, before, "after a failed attach");
-    let id = text(&fixture.attach(&["share/ours", "c2"]).await, "/attachment_id").to_owned();
-    storage.run("systemctl restart tether-storage-agent").await.unwrap();
-    fixture.tether.json(&["show", &id]).await.unwrap();
-    assert_eq!(foreign_lines(&fixture).await, before, "after an attach and a restart");
-    assert_eq!(shared_with(&fixture).await.lines().count(), 3);
-    fixture.detach(&id).await;
-    assert_eq!(foreign_lines(&fixture).await, before, "after the detach");
-    let left = leftovers(&fixture.lab).await;
-    assert!(left.contains("10.99.0.60(") && left.lines().count() == 1, "only theirs: {left}");
-}
-
-/// A read-only export is read-only on the server, whatever the hypervisor tries, until another export of the same client is to
-/// be written to.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_read_only_file_is_refused_a_write_by_the_server_itself() {
-    let fixture = Fixture::new().await;
-    let serial = text(&fixture.volume("share/fixed").await, "/serial").to_owned();
-    let writable = text(&fixture.volume("share/writable").await, "/serial").to_owned();
-    let fixed =
-        text(&fixture.attach(&["share/fixed", "c2", "--read-only"]).await, "/attachment_id").to_owned();
-    let disk = fixture.sees("c2", &serial).await;
-    assert!(disk.read_only, "{disk:?}");
-    let file = format!("{}/fixed.raw", mount_of(&fixture, &fixed).await);
-    let write = format!("timeout 20 dd if=/dev/zero of={file} bs=512 count=1 conv=notrunc,fsync 2>&1");
-    let refused = fixture.lab.compute.try_run(&write).await.unwrap();
-    let words = ["Read-only file system", "Permission denied"];
-    assert!(words.iter().any(|words| refused.stdout.contains(words)), "{refused:?}");
-    for line in shared_with(&fixture).await.lines() {
-        assert!(line.split(['(', ',']).any(|option| option == "ro"), "{line}");
-    }
-    let other = text(&fixture.attach(&["share/writable", "c3"]).await, "/attachment_id").to_owned();
-    let disk = fixture.sees("c3", &writable).await;
-    fixture.lab.guest("c3").unwrap().write(&disk, "written", 1 << 20).await.unwrap();
-    fixture.detach(&other).await;
-    for line in shared_with(&fixture).await.lines() {
-        assert!(line.split(['(', ',']).any(|option| option == "ro"), "read-only again: {line}");
-    }
-    fixture.detach(&fixed).await;
-    let status = fixture.tether.storage().await.unwrap().list_exports(wire::ListExportsRequest {}).await;
-    assert!(status.unwrap().into_inner().exports.is_empty());
-    fixture.assert_nothing_left("after both").await;
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// A read-only export is read-only on the server, whatever the hypervisor tries, until another export of the same client is to
+    /// be written to.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_read_only_file_is_refused_a_write_by_the_server_itself() {
+        let fixture = Fixture::new().await;
+        let serial = text(&fixture.volume("share/fixed").await, "/serial").to_owned();
+        let writable = text(&fixture.volume("share/writable").await, "/serial").to_owned();
+        let fixed =
+            text(&fixture.attach(&["share/fixed", "c2", "--read-only"]).await, "/attachment_id").to_owned();
+        let disk = fixture.sees("c2", &serial).await;
+        assert!(disk.read_only, "{disk:?}");
+        let file = format!("{}/fixed.raw", mount_of(&fixture, &fixed).await);
+        let write = format!("timeout 20 dd if=/dev/zero of={file} bs=512 count=1 conv=notrunc,fsync 2>&1");
+        let refused = fixture.lab.compute.try_run(&write).await.unwrap();
+        let words = ["Read-only file system", "Permission denied"];
+        assert!(words.iter().any(|words| refused.stdout.contains(words)), "{refused:?}");
+        for line in shared_with(&fixture).await.lines() {
+            assert!(line.split(['(', ',']).any(|option| option == "ro"), "{line}");
+        }
+        let other = text(&fixture.attach(&["share/writable", "c3"]).await, "/attachment_id").to_owned();
+        let disk = fixture.sees("c3", &writable).await;
+        fixture.lab.guest("c3").unwrap().write(&disk, "written", 1 << 20).await.unwrap();
+        fixture.detach(&other).await;
+        for line in shared_with(&fixture).await.lines() {
+            assert!(line.split(['(', ',']).any(|option| option == "ro"), "read-only again: {line}");
+        }
+        fixture.detach(&fixed).await;
+        let status = fixture.tether.storage().await.unwrap().list_exports(wire::ListExportsRequest {}).await;
+        assert!(status.unwrap().into_inner().exports.is_empty());
+        fixture.assert_nothing_left("after both").await;
+    }
+
+    /// F16: exports of somebody else stay as they are through attach, failed attach, detach and a restart of the agent: those of
+    /// a file, those made by hand that are in no file, of other directories and of ours.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f16_exports_of_somebody_else_are_untouched() {
+        let fixture = Fixture::new().await;
+        let storage = &fixture.lab.storage;
+        fixture.volume("share/ours").await;
+        storage
+            .run(
+                "mkdir -p /srv/theirs /etc/exports.d && \
+                 echo '/srv/theirs 10.99.0.2(ro,no_subtree_check) 10.99.0.50(rw,no_subtree_check)' >/etc/exports.d/foreign.exports && \
+                 exportfs -r && exportfs -o ro,no_subtree_check 10.99.0.51:/srv/theirs && \
+                 exportfs -o ro,all_squash,no_subtree_check 10.99.0.60:/srv/share",
+            )
+            .await
+            .unwrap();
+        let before = foreign_lines(&fixture).await;
+        assert_eq!(before.lines().count(), 5, "{before}");
+        let (failing, mut info) = export(&fixture, "share/ours").await;
+        assert_eq!(foreign_lines(&fixture).await, before, "after the export");
+        nfs(&mut info).inode += 1;
+        attach_with(&fixture, &failing, "c2", info).await.unwrap_err();
+        unexport(&fixture, &failing).await;
+        assert_eq!(foreign_lines(&fixture).await, before, "after a failed attach");
+        let id = text(&fixture.attach(&["share/ours", "c2"]).await, "/attachment_id").to_owned();
+        storage.run("systemctl restart tether-storage-agent").await.unwrap();
+        fixture.tether.json(&["show", &id]).await.unwrap();
+        assert_eq!(foreign_lines(&fixture).await, before, "after an attach and a restart");
+        assert_eq!(shared_with(&fixture).await.lines().count(), 3);
+        fixture.detach(&id).await;
+        assert_eq!(foreign_lines(&fixture).await, before, "after the detach");
+        let left = leftovers(&fixture.lab).await;
+        assert!(left.contains("10.99.0.60(") && left.lines().count() == 1, "only theirs: {left}");
+    }
 
     /// A hypervisor that has another address now is shut out, until the same attach is called again: that lets the new address in,
     /// shuts the old one out, and the guest goes on.

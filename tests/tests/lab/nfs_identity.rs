@@ -75,49 +75,49 @@ async fn f1_a_file_that_was_replaced_between_export_and_attach_is_refused() {
     assert_eq!(leftovers(&fixture.lab).await, "");
 }
 
-/// F20, F7: a file has one writer, and the same file at another export has the same identity.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f7_a_file_has_one_writer_and_one_identity() {
-    let fixture = Fixture::new().await;
-    let made = fixture.volume("share/one").await;
-    let id = text(&fixture.attach(&["share/one", "c2"]).await, "/attachment_id").to_owned();
-    for _ in 0..2 {
-        let (code, error) = fixture.tether.error(&["attach", "share/one", "c3"]).await.unwrap();
-        assert_eq!((text(&error, "/reason"), code), ("VOLUME_EXPORTED", 4), "{error:#}");
-        assert!(text(&error, "/message").contains(&id), "{error:#}");
-        let (_, error) = fixture.tether.error(&["volume", "delete", "share/one"]).await.unwrap();
-        assert_eq!(text(&error, "/reason"), "VOLUME_EXPORTED", "{error:#}");
-        fixture.lab.storage.run("systemctl restart tether-storage-agent").await.unwrap();
-    }
-    // Another attachment of the very same export would be a second writer, too.
-    let mut compute = fixture.tether.compute().await.unwrap();
-    let connector = compute.get_connector(wire::GetConnectorRequest {}).await.unwrap().into_inner();
-    let again = wire::ExportRequest {
-        attachment_id: id.clone(),
-        pool: "share".into(),
-        volume: "one".into(),
-        connector: Some(connector),
-        access_mode: wire::AccessMode::ReadWrite.into(),
-    };
-    let mut storage = fixture.tether.storage().await.unwrap();
-    let mut info = storage.export(again).await.unwrap().into_inner().connection_info.unwrap();
-    let second = attach_with(&fixture, &new_id(), "c3", info.clone()).await.unwrap_err();
-    assert_eq!(reason(&second).0, "TARGET_ATTACHED", "{second:?}");
-    assert!(second.message().contains(&id), "{second:?}");
-    let inode = fixture.lab.storage.run(&format!("stat -c %i {SHARE}/one.raw")).await.unwrap();
-    assert_eq!(nfs(&mut info).inode.to_string(), inode.trim());
-    assert_eq!(info.serial, text(&made, "/serial"));
-    fixture.detach(&id).await;
-    let (id, mut later) = export(&fixture, "share/one").await;
-    assert_eq!((nfs(&mut later).clone(), later.serial), (nfs(&mut info).clone(), info.serial));
-    unexport(&fixture, &id).await;
-    fixture.assert_nothing_left("at the end").await;
-}
-
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// F20, F7: a file has one writer, and the same file at another export has the same identity.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f7_a_file_has_one_writer_and_one_identity() {
+        let fixture = Fixture::new().await;
+        let made = fixture.volume("share/one").await;
+        let id = text(&fixture.attach(&["share/one", "c2"]).await, "/attachment_id").to_owned();
+        for _ in 0..2 {
+            let (code, error) = fixture.tether.error(&["attach", "share/one", "c3"]).await.unwrap();
+            assert_eq!((text(&error, "/reason"), code), ("VOLUME_EXPORTED", 4), "{error:#}");
+            assert!(text(&error, "/message").contains(&id), "{error:#}");
+            let (_, error) = fixture.tether.error(&["volume", "delete", "share/one"]).await.unwrap();
+            assert_eq!(text(&error, "/reason"), "VOLUME_EXPORTED", "{error:#}");
+            fixture.lab.storage.run("systemctl restart tether-storage-agent").await.unwrap();
+        }
+        // Another attachment of the very same export would be a second writer, too.
+        let mut compute = fixture.tether.compute().await.unwrap();
+        let connector = compute.get_connector(wire::GetConnectorRequest {}).await.unwrap().into_inner();
+        let again = wire::ExportRequest {
+            attachment_id: id.clone(),
+            pool: "share".into(),
+            volume: "one".into(),
+            connector: Some(connector),
+            access_mode: wire::AccessMode::ReadWrite.into(),
+        };
+        let mut storage = fixture.tether.storage().await.unwrap();
+        let mut info = storage.export(again).await.unwrap().into_inner().connection_info.unwrap();
+        let second = attach_with(&fixture, &new_id(), "c3", info.clone()).await.unwrap_err();
+        assert_eq!(reason(&second).0, "TARGET_ATTACHED", "{second:?}");
+        assert!(second.message().contains(&id), "{second:?}");
+        let inode = fixture.lab.storage.run(&format!("stat -c %i {SHARE}/one.raw")).await.unwrap();
+        assert_eq!(nfs(&mut info).inode.to_string(), inode.trim());
+        assert_eq!(info.serial, text(&made, "/serial"));
+        fixture.detach(&id).await;
+        let (id, mut later) = export(&fixture, "share/one").await;
+        assert_eq!((nfs(&mut later).clone(), later.serial), (nfs(&mut info).clone(), info.serial));
+        unexport(&fixture, &id).await;
+        fixture.assert_nothing_left("at the end").await;
+    }
 
     /// A file that is gone or replaced when it is to be exported is refused by the storage agent, and nothing is shared.
     #[tokio::test]

@@ -65,30 +65,6 @@ async fn f25_a_mount_that_ignores_sigterm_is_told_in_time_and_leaves_nothing() {
     fixture.assert_nothing_left("after both").await;
 }
 
-/// A `mount` that fails is told with its own words, and one that says yes and mounts nothing is not believed (rule 7).
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_mount_that_fails_or_lies_is_told_and_leaves_nothing() {
-    let fixture = Fixture::new().await;
-    fixture.volume("share/lie").await;
-    let (id, info) = export(&fixture, "share/lie").await;
-    for (script, words) in [
-        ("#!/bin/sh\necho 'mount.nfs: the dog ate it' >&2\nexit 32\n", "the dog ate it"),
-        ("#!/bin/sh\nexit 0\n", ""),
-    ] {
-        replace_mount(&fixture, script).await;
-        let refused = attach_with(&fixture, &id, "c2", info.clone()).await.unwrap_err();
-        mend_mount(&fixture).await;
-        let (reason, step, next) = reason(&refused);
-        assert_eq!((reason.as_str(), step.as_str()), ("MOUNT_FAILED", "mount-share"), "{refused:?}");
-        assert!(refused.message().contains(words) && !next.is_empty(), "{refused:?}");
-        let left = leftovers(&fixture.lab).await;
-        assert!(!left.contains(MOUNTS) && !left.contains("ua-tether") && !left.contains("process"), "{left}");
-    }
-    unexport(&fixture, &id).await;
-    fixture.assert_nothing_left("after the unexport").await;
-}
-
 /// Attaches with the server's first address alone, so that the directory is the same each time.
 async fn attach_by_ipv4(fixture: &Fixture, volume: &str, domain: &str) -> String {
     let (id, mut info) = export(fixture, volume).await;
@@ -157,6 +133,33 @@ async fn f46_somebody_elses_mount_on_our_directory_is_refused_and_stays() {
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// A `mount` that fails is told with its own words, and one that says yes and mounts nothing is not believed (rule 7).
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_mount_that_fails_or_lies_is_told_and_leaves_nothing() {
+        let fixture = Fixture::new().await;
+        fixture.volume("share/lie").await;
+        let (id, info) = export(&fixture, "share/lie").await;
+        for (script, words) in [
+            ("#!/bin/sh\necho 'mount.nfs: the dog ate it' >&2\nexit 32\n", "the dog ate it"),
+            ("#!/bin/sh\nexit 0\n", ""),
+        ] {
+            replace_mount(&fixture, script).await;
+            let refused = attach_with(&fixture, &id, "c2", info.clone()).await.unwrap_err();
+            mend_mount(&fixture).await;
+            let (reason, step, next) = reason(&refused);
+            assert_eq!((reason.as_str(), step.as_str()), ("MOUNT_FAILED", "mount-share"), "{refused:?}");
+            assert!(refused.message().contains(words) && !next.is_empty(), "{refused:?}");
+            let left = leftovers(&fixture.lab).await;
+            assert!(
+                !left.contains(MOUNTS) && !left.contains("ua-tether") && !left.contains("process"),
+                "{left}"
+            );
+        }
+        unexport(&fixture, &id).await;
+        fixture.assert_nothing_left("after the unexport").await;
+    }
 
     /// Somebody is in the mount when its last disk goes: it is told and not torn out, and the same detach ends it later.
     #[tokio::test]

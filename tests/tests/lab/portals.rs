@@ -13,24 +13,6 @@ pub(crate) async fn make_black_hole(fixture: &Fixture) {
     fixture.lab.compute.run(command).await.unwrap();
 }
 
-/// F23: a portal that swallows packets costs nothing while another answers.
-#[tokio::test]
-#[ignore = "lab"]
-async fn f23_a_dead_portal_beside_healthy_ones_is_passed_over() {
-    let fixture = Fixture::new().await;
-    make_black_hole(&fixture).await;
-    let serial = text(&fixture.volume("thick/portals").await, "/serial").to_owned();
-    let (id, mut info) = export(&fixture, "thick/portals").await;
-    iscsi(&mut info).portals.insert(0, BLACK_HOLE.into());
-    let attached = attach_with(&fixture, &id, "c2", info).await.unwrap();
-    assert_ne!(attached.attachment.unwrap().portal, BLACK_HOLE);
-    let probe = attached.report.unwrap().steps.into_iter().find(|step| step.step == "probe-portals").unwrap();
-    assert!(probe.duration_microseconds < 1_000_000, "{probe:?}");
-    fixture.sees("c2", &serial).await;
-    fixture.tether.json(&["detach", &id]).await.unwrap();
-    fixture.assert_nothing_left("after the detach").await;
-}
-
 /// F23: with no portal alive an attach fails in the caller's time, and attaches beside it go on.
 #[tokio::test]
 #[ignore = "lab"]
@@ -92,33 +74,57 @@ async fn f40_the_whole_flow_over_ipv6_alone() {
     fixture.assert_nothing_left("after the detach").await;
 }
 
-/// LIO would listen on any address. One that the storage host does not have is left out, and with none left the export is
-/// refused by name.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_portal_that_is_not_the_hosts_own_is_left_out_or_refused_with_the_address() {
-    let fixture = Fixture::new().await;
-    fixture.volume("thick/elsewhere").await;
-    let configure = |portals: &str| {
-        format!(
-            "sed -i 's/^portals = .*/portals = [{portals}]/' /etc/tether/storage-agent.toml && \
-             systemctl restart tether-storage-agent"
-        )
-    };
-    let storage = &fixture.lab.storage;
-    storage.run(&configure(r#""10.99.0.50:3260", "10.99.0.1:3260""#)).await.unwrap();
-    let (id, mut info) = export(&fixture, "thick/elsewhere").await;
-    assert_eq!(iscsi(&mut info).portals, ["10.99.0.1:3260"]);
-    unexport(&fixture, &id).await;
-    storage.run(&configure(r#""10.99.0.50:3260""#)).await.unwrap();
-    let (code, error) =
-        fixture.tether.error(&["attach", "thick/elsewhere", "c2", "--id", &new_id()]).await.unwrap();
-    assert_eq!(
-        (text(&error, "/reason"), text(&error, "/step")),
-        ("PORTAL_UNAVAILABLE", "validate"),
-        "{error:#}"
-    );
-    assert!(text(&error, "/message").contains("10.99.0.50:3260"), "{error:#}");
-    assert_eq!(code, 4);
-    fixture.assert_nothing_left("after the refusal").await;
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// LIO would listen on any address. One that the storage host does not have is left out, and with none left the export is
+    /// refused by name.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_portal_that_is_not_the_hosts_own_is_left_out_or_refused_with_the_address() {
+        let fixture = Fixture::new().await;
+        fixture.volume("thick/elsewhere").await;
+        let configure = |portals: &str| {
+            format!(
+                "sed -i 's/^portals = .*/portals = [{portals}]/' /etc/tether/storage-agent.toml && \
+                 systemctl restart tether-storage-agent"
+            )
+        };
+        let storage = &fixture.lab.storage;
+        storage.run(&configure(r#""10.99.0.50:3260", "10.99.0.1:3260""#)).await.unwrap();
+        let (id, mut info) = export(&fixture, "thick/elsewhere").await;
+        assert_eq!(iscsi(&mut info).portals, ["10.99.0.1:3260"]);
+        unexport(&fixture, &id).await;
+        storage.run(&configure(r#""10.99.0.50:3260""#)).await.unwrap();
+        let (code, error) =
+            fixture.tether.error(&["attach", "thick/elsewhere", "c2", "--id", &new_id()]).await.unwrap();
+        assert_eq!(
+            (text(&error, "/reason"), text(&error, "/step")),
+            ("PORTAL_UNAVAILABLE", "validate"),
+            "{error:#}"
+        );
+        assert!(text(&error, "/message").contains("10.99.0.50:3260"), "{error:#}");
+        assert_eq!(code, 4);
+        fixture.assert_nothing_left("after the refusal").await;
+    }
+
+    /// F23: a portal that swallows packets costs nothing while another answers.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f23_a_dead_portal_beside_healthy_ones_is_passed_over() {
+        let fixture = Fixture::new().await;
+        make_black_hole(&fixture).await;
+        let serial = text(&fixture.volume("thick/portals").await, "/serial").to_owned();
+        let (id, mut info) = export(&fixture, "thick/portals").await;
+        iscsi(&mut info).portals.insert(0, BLACK_HOLE.into());
+        let attached = attach_with(&fixture, &id, "c2", info).await.unwrap();
+        assert_ne!(attached.attachment.unwrap().portal, BLACK_HOLE);
+        let probe =
+            attached.report.unwrap().steps.into_iter().find(|step| step.step == "probe-portals").unwrap();
+        assert!(probe.duration_microseconds < 1_000_000, "{probe:?}");
+        fixture.sees("c2", &serial).await;
+        fixture.tether.json(&["detach", &id]).await.unwrap();
+        fixture.assert_nothing_left("after the detach").await;
+    }
 }

@@ -137,23 +137,6 @@ async fn f7_a_target_has_one_attachment_on_a_host() {
     fixture.assert_nothing_left("at the end").await;
 }
 
-/// A session that somebody ended under a guest's disk: a repeated Attach does not call the dead disk repaired.
-#[tokio::test]
-#[ignore = "lab"]
-async fn a_disk_whose_session_was_ended_is_not_called_repaired() {
-    let fixture = Fixture::new().await;
-    fixture.volume("thick/ended").await;
-    let (id, info) = export(&fixture, "thick/ended").await;
-    attach_with(&fixture, &id, "c2", info.clone()).await.unwrap();
-    fixture.lab.compute.run("iscsiadm -m session -u >/dev/null").await.unwrap();
-    let dead = attach_with(&fixture, &id, "c2", info).await.unwrap_err();
-    let (reason, _, next) = reason(&dead);
-    assert_eq!(reason, "DEVICE_IN_USE", "{dead:?}");
-    assert!(next.contains("detach"), "{next}");
-    fixture.tether.json(&["detach", &id]).await.unwrap();
-    fixture.assert_nothing_left("at the end").await;
-}
-
 /// F12, F13: the name is there, a part is missing, and the secret is another. A repeated Export puts it right, and a repeated
 /// Attach plugs the disk in again.
 #[tokio::test]
@@ -206,6 +189,23 @@ async fn f12_f13_a_repeated_call_repairs_what_is_missing_or_another() {
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// A session that somebody ended under a guest's disk: a repeated Attach does not call the dead disk repaired.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn a_disk_whose_session_was_ended_is_not_called_repaired() {
+        let fixture = Fixture::new().await;
+        fixture.volume("thick/ended").await;
+        let (id, info) = export(&fixture, "thick/ended").await;
+        attach_with(&fixture, &id, "c2", info.clone()).await.unwrap();
+        fixture.lab.compute.run("iscsiadm -m session -u >/dev/null").await.unwrap();
+        let dead = attach_with(&fixture, &id, "c2", info).await.unwrap_err();
+        let (reason, _, next) = reason(&dead);
+        assert_eq!(reason, "DEVICE_IN_USE", "{dead:?}");
+        assert!(next.contains("detach"), "{next}");
+        fixture.tether.json(&["detach", &id]).await.unwrap();
+        fixture.assert_nothing_left("at the end").await;
+    }
 
     /// An agent that is killed while a disk is attached loses nothing: it knows the attachment and detaches it.
     #[tokio::test]

@@ -55,46 +55,6 @@ pub(crate) async fn metrics(host: &Host, port: u16) -> String {
     host.run(&format!("bash -c \"{ask}\"")).await.unwrap()
 }
 
-/// Operations, steps and what is there are told as numbers, on the host's own address alone.
-#[tokio::test]
-#[ignore = "lab"]
-async fn both_agents_tell_metrics_of_what_they_did_and_have() {
-    let fixture = Fixture::new().await;
-    let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
-    fixture.volume("thick/measured").await;
-    let id = text(&fixture.attach(&["thick/measured", "c2"]).await, "/attachment_id").to_owned();
-    fixture.tether.error(&["attach", "thick/measured", "no-such-domain"]).await.unwrap();
-    // Of failed steps nothing is told before there is one.
-    storage.put("create-volume before\n", FAULT_FILE, 0o644).await.unwrap();
-    fixture.tether.error(&["volume", "create", "thin/fails", "16M"]).await.unwrap();
-    storage.run(&format!("rm {FAULT_FILE}")).await.unwrap();
-    let has = |told: &str, line: &str| {
-        assert!(told.lines().any(|told| told == line), "{line} is not in:\n{told}");
-    };
-    let told = metrics(storage, 7441).await;
-    has(&told, "tether_exports{transport=\"iscsi\",state=\"connected\"} 1.0");
-    has(&told, "tether_operations_total{verb=\"export\",outcome=\"ok\"} 1");
-    has(&told, "tether_pool_usable{pool=\"thick\",provisioning=\"thick\"} 1.0");
-    has(&told, "tether_stuck_keys{} 0.0");
-    let size = "vgs --noheadings --nosuffix --units b -o vg_size tether";
-    let size: f64 = storage.run(size).await.unwrap().trim().parse().unwrap();
-    has(&told, &format!("tether_pool_size_bytes{{pool=\"thick\",provisioning=\"thick\"}} {size:?}"));
-    let of_storage = told;
-    let told = metrics(compute, 7442).await;
-    assert_known(&[&of_storage, &told]);
-    has(&told, "tether_attachments{transport=\"iscsi\",state=\"attached\"} 1.0");
-    has(&told, "tether_sessions{transport=\"iscsi\",state=\"logged-in\"} 1.0");
-    has(&told, "tether_step_seconds_count{verb=\"attach\",step=\"login\"} 1");
-    fixture.detach(&id).await;
-    let told = metrics(compute, 7442).await;
-    has(&told, "tether_attachments{transport=\"iscsi\",state=\"attached\"} 0.0");
-    let elsewhere = "timeout 5 bash -c 'exec 3<>/dev/tcp/10.99.0.2/7442' 2>&1";
-    let refused = storage.try_run(elsewhere).await.unwrap();
-    assert!(refused.stdout.contains("refused"), "{refused:?}");
-    let told = metrics(storage, 7441).await;
-    has(&told, "tether_exports{transport=\"iscsi\",state=\"connected\"} 0.0");
-}
-
 /// The alerts and the dashboard in `packaging` ask for metrics that there are.
 fn assert_known(told: &[&str]) {
     let monitoring = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/monitoring");
@@ -141,5 +101,50 @@ async fn the_steps_of_a_running_attach_are_seen_as_they_happen() {
             seen.iter().position(|event| *event == (name.clone(), StepState::Started)).expect("it began");
         let done = seen.iter().position(|event| *event == (name.clone(), StepState::Done)).expect("it ended");
         assert!(begun < done, "{name}: {seen:?}");
+    }
+}
+
+/// Left out of a run for its time, not for what it shows: `tests/run long`.
+mod long {
+    use super::*;
+
+    /// Operations, steps and what is there are told as numbers, on the host's own address alone.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn both_agents_tell_metrics_of_what_they_did_and_have() {
+        let fixture = Fixture::new().await;
+        let (storage, compute) = (&fixture.lab.storage, &fixture.lab.compute);
+        fixture.volume("thick/measured").await;
+        let id = text(&fixture.attach(&["thick/measured", "c2"]).await, "/attachment_id").to_owned();
+        fixture.tether.error(&["attach", "thick/measured", "no-such-domain"]).await.unwrap();
+        // Of failed steps nothing is told before there is one.
+        storage.put("create-volume before\n", FAULT_FILE, 0o644).await.unwrap();
+        fixture.tether.error(&["volume", "create", "thin/fails", "16M"]).await.unwrap();
+        storage.run(&format!("rm {FAULT_FILE}")).await.unwrap();
+        let has = |told: &str, line: &str| {
+            assert!(told.lines().any(|told| told == line), "{line} is not in:\n{told}");
+        };
+        let told = metrics(storage, 7441).await;
+        has(&told, "tether_exports{transport=\"iscsi\",state=\"connected\"} 1.0");
+        has(&told, "tether_operations_total{verb=\"export\",outcome=\"ok\"} 1");
+        has(&told, "tether_pool_usable{pool=\"thick\",provisioning=\"thick\"} 1.0");
+        has(&told, "tether_stuck_keys{} 0.0");
+        let size = "vgs --noheadings --nosuffix --units b -o vg_size tether";
+        let size: f64 = storage.run(size).await.unwrap().trim().parse().unwrap();
+        has(&told, &format!("tether_pool_size_bytes{{pool=\"thick\",provisioning=\"thick\"}} {size:?}"));
+        let of_storage = told;
+        let told = metrics(compute, 7442).await;
+        assert_known(&[&of_storage, &told]);
+        has(&told, "tether_attachments{transport=\"iscsi\",state=\"attached\"} 1.0");
+        has(&told, "tether_sessions{transport=\"iscsi\",state=\"logged-in\"} 1.0");
+        has(&told, "tether_step_seconds_count{verb=\"attach\",step=\"login\"} 1");
+        fixture.detach(&id).await;
+        let told = metrics(compute, 7442).await;
+        has(&told, "tether_attachments{transport=\"iscsi\",state=\"attached\"} 0.0");
+        let elsewhere = "timeout 5 bash -c 'exec 3<>/dev/tcp/10.99.0.2/7442' 2>&1";
+        let refused = storage.try_run(elsewhere).await.unwrap();
+        assert!(refused.stdout.contains("refused"), "{refused:?}");
+        let told = metrics(storage, 7441).await;
+        has(&told, "tether_exports{transport=\"iscsi\",state=\"connected\"} 0.0");
     }
 }
