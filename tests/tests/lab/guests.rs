@@ -96,6 +96,9 @@ async fn f39_a_full_domain_is_told_what_to_add_before_anything_is_touched() {
 
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
+    use serde_json::Value;
+    use tether_tests::Disk;
+
     use super::*;
 
     /// F17: the export went first. The session is a zombie, and the detach still takes everything away.
@@ -132,6 +135,31 @@ mod long {
         }
     }
 
+    /// Runs `cut` on the compute host under an attached disk. The detach is refused, and the disk stays; after `mend` the guest
+    /// writes, and the same call goes on. Gives the refusal.
+    async fn stays_while_cut_off(fixture: &Fixture, id: &str, disk: &Disk, cut: &str, mend: &str) -> Value {
+        let compute = &fixture.lab.compute;
+        compute.run(cut).await.unwrap();
+        // open-iscsi notices by its pings: every 5 s, and 5 s until one counts as lost.
+        let lost = "until grep -qv LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done";
+        compute.run(lost).await.unwrap();
+        let (code, error) = fixture.tether.error(&["detach", id]).await.unwrap();
+        assert_eq!(
+            (text(&error, "/reason"), text(&error, "/step"), code),
+            ("PORTAL_UNREACHABLE", "end-lost-session", 5),
+            "{error:#}"
+        );
+        assert!(text(&error, "/next").contains("bring the storage host back"), "{error:#}");
+        assert!(fixture.xml("c2", "").await.contains(id), "the guest still has the disk");
+        compute.run(mend).await.unwrap();
+        let back = "until grep -q LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done";
+        compute.run(back).await.unwrap();
+        fixture.lab.guest("c2").unwrap().write(disk, "back", 1 << 20).await.unwrap();
+        fixture.tether.json(&["detach", id]).await.unwrap();
+        fixture.assert_nothing_left("after the detach").await;
+        error
+    }
+
     /// The storage host is out of reach: nobody knows what became of the guest's last writes, so nothing is taken away. When
     /// it is back, the same call goes on.
     #[tokio::test]
@@ -141,29 +169,9 @@ mod long {
         let serial = text(&fixture.volume("thick/away").await, "/serial").to_owned();
         let id = text(&fixture.attach(&["thick/away", "c2"]).await, "/attachment_id").to_owned();
         let disk = fixture.sees("c2", &serial).await;
-        let compute = &fixture.lab.compute;
-        let lan = compute.run("ip -o addr show to 10.99.0.2 | awk '{print $2}'").await.unwrap();
-        let lan = lan.trim();
-        compute.run(&format!("ip link set {lan} down")).await.unwrap();
-        // open-iscsi notices by its pings: every 5 s, and 5 s until one counts as lost.
-        let lost = "until grep -qv LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done";
-        compute.run(lost).await.unwrap();
-        let (code, error) = fixture.tether.error(&["detach", &id]).await.unwrap();
-        assert_eq!(
-            (text(&error, "/reason"), text(&error, "/step"), code),
-            ("PORTAL_UNREACHABLE", "end-lost-session", 5),
-            "{error:#}"
-        );
-        assert!(text(&error, "/next").contains("bring the storage host back"), "{error:#}");
-        assert!(fixture.xml("c2", "").await.contains(&id), "the guest still has the disk");
-        compute.run(&format!("ip link set {lan} up")).await.unwrap();
-        compute
-            .run("until grep -q LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done")
-            .await
-            .unwrap();
-        fixture.lab.guest("c2").unwrap().write(&disk, "back", 1 << 20).await.unwrap();
-        fixture.tether.json(&["detach", &id]).await.unwrap();
-        fixture.assert_nothing_left("after the detach").await;
+        let lan = fixture.lab.compute.run("ip -o addr show to 10.99.0.2 | awk '{print $2}'").await.unwrap();
+        let link = |state: &str| format!("ip link set {} {state}", lan.trim());
+        stays_while_cut_off(&fixture, &id, &disk, &link("down"), &link("up")).await;
     }
 
     /// The way to the session's portal is cut, and the storage host answers at another. open-iscsi tries the session's own alone,
@@ -175,7 +183,6 @@ mod long {
         let serial = text(&fixture.volume("thick/path").await, "/serial").to_owned();
         let id = text(&fixture.attach(&["thick/path", "c2"]).await, "/attachment_id").to_owned();
         let disk = fixture.sees("c2", &serial).await;
-        let compute = &fixture.lab.compute;
         let portal =
             text(&fixture.tether.json(&["show", &id]).await.unwrap(), "/attachment/portal").to_owned();
         let address = portal.rsplit_once(':').unwrap().0.trim_matches(['[', ']']).to_owned();
@@ -185,26 +192,11 @@ mod long {
             )
         };
         let mac = format!("ip neigh show {address} | grep -o 'lladdr [^ ]*' | head -n 1");
-        let mac = compute.run(&mac).await.unwrap();
-        compute.run(&neighbour("lladdr 02:00:00:00:00:77 nud permanent")).await.unwrap();
-        let lost = "until grep -qv LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done";
-        compute.run(lost).await.unwrap();
-        let (_, error) = fixture.tether.error(&["detach", &id]).await.unwrap();
-        assert_eq!(
-            (text(&error, "/reason"), text(&error, "/step")),
-            ("PORTAL_UNREACHABLE", "end-lost-session"),
-            "{error:#}"
-        );
+        let mac = fixture.lab.compute.run(&mac).await.unwrap();
+        let cut = neighbour("lladdr 02:00:00:00:00:77 nud permanent");
+        let mend = neighbour(&format!("{} nud reachable", mac.trim()));
+        let error = stays_while_cut_off(&fixture, &id, &disk, &cut, &mend).await;
         assert!(text(&error, "/message").contains(&portal), "{error:#}");
-        assert!(fixture.xml("c2", "").await.contains(&id), "the guest still has the disk");
-        compute.run(&neighbour(&format!("{} nud reachable", mac.trim()))).await.unwrap();
-        compute
-            .run("until grep -q LOGGED_IN /sys/class/iscsi_session/*/state; do sleep 0.2; done")
-            .await
-            .unwrap();
-        fixture.lab.guest("c2").unwrap().write(&disk, "back", 1 << 20).await.unwrap();
-        fixture.tether.json(&["detach", &id]).await.unwrap();
-        fixture.assert_nothing_left("after the detach").await;
     }
 
     /// A domain that was undefined while it had our disk: nothing to unplug, and the rest goes.
