@@ -1,5 +1,6 @@
 //! Force: going on where a Detach or Unexport would stop, when its caller said so (rule 10). What is passed over is kept, as
-//! sentences for people: it is logged, answered and recorded. Not here: what is in the way, and how it is passed over.
+//! sentences for people: it is logged, answered and recorded. So is what was lost without force: a flush that failed is told to
+//! whoever tries again, for the next one finds nothing to flush. Not here: what is in the way, and how it is passed over.
 
 use crate::failure::{Failure, Reason};
 
@@ -16,10 +17,10 @@ impl Force {
         Self::default()
     }
 
-    /// Goes on when this call asks for it, or when an earlier one has passed over something: that cannot be taken back.
-    /// `known` is what that was.
+    /// Goes on when it is asked for, by this call or by an earlier one, which cannot be taken back. `known` is what earlier ones
+    /// may have lost.
     pub fn new(asked: bool, known: Vec<String>) -> Self {
-        Self { on: asked || !known.is_empty(), may_be_lost: known }
+        Self { on: asked, may_be_lost: known }
     }
 
     /// Is it forced?
@@ -42,13 +43,18 @@ impl Force {
             {
                 let sentence = format!("{cost} ({}: {failure})", failure.reason.as_str());
                 tracing::error!(may_be_lost = %sentence, "forced");
-                // The same call again passes over the same.
-                if !self.may_be_lost.contains(&sentence) {
-                    self.may_be_lost.push(sentence);
-                }
+                self.note(sentence);
                 Ok(instead)
             }
             outcome => outcome,
+        }
+    }
+
+    /// Keeps what may be lost although nothing was passed over.
+    pub fn note(&mut self, sentence: String) {
+        // The same call again loses the same.
+        if !self.may_be_lost.contains(&sentence) {
+            self.may_be_lost.push(sentence);
         }
     }
 
@@ -68,7 +74,11 @@ mod tests {
         let mut off = Force::off();
         assert_eq!(off.pass(held(), 7, "writes").unwrap_err().reason, Reason::GuestHoldsDevice);
         assert!(!Force::new(false, Vec::new()).is_on() && Force::new(true, Vec::new()).is_on());
-        let mut on = Force::new(false, vec!["before".to_owned()]);
+        let mut told = Force::new(false, vec!["before".to_owned()]);
+        assert!(told.pass(held(), 7, "writes").is_err(), "what was lost does not force what comes next");
+        told.note("flush".to_owned());
+        assert_eq!(told.may_be_lost(), ["before", "flush"]);
+        let mut on = Force::new(true, vec!["before".to_owned()]);
         for _ in 0..2 {
             assert_eq!(on.pass(held(), 7, "the guest's writes").unwrap(), 7);
         }

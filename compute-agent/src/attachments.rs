@@ -13,6 +13,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -53,6 +54,7 @@ pub(crate) struct Attachments {
     pub(crate) tombstones: TombstoneDays,
     claims: Mutex<HashMap<String, AttachmentId>>,
     mount_users: Mutex<HashMap<PathBuf, BTreeSet<AttachmentId>>>,
+    held_disks: Mutex<HashMap<AttachmentId, File>>,
     iscsi_version: OnceCell<String>,
 }
 
@@ -130,6 +132,7 @@ impl Attachments {
             tombstones: config.tombstone_days,
             claims: Mutex::new(claims),
             mount_users: Mutex::new(mount_users),
+            held_disks: Mutex::default(),
             iscsi_version: OnceCell::new(),
         })
     }
@@ -310,6 +313,13 @@ impl Attachments {
             users.remove(&id);
             !users.is_empty()
         });
+        self.held_disks().remove(&id);
+    }
+
+    /// Disks that are held open until they are flushed.
+    pub(crate) fn held_disks(&self) -> MutexGuard<'_, HashMap<AttachmentId, File>> {
+        // Each change is one insert or remove; a panic elsewhere cannot leave it half done.
+        self.held_disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Who uses which mount, as the journal has it: those of domains that are shut off, too (F19).

@@ -4,7 +4,8 @@
 //! (`over_iscsi`, `over_nfs`), each step observed (F15). What is not there is passed over, so an attachment in any
 //! state of disrepair can be taken away, and a Detach that was cut off goes on where it was.
 
-use std::time::Duration;
+use std::fmt::Display;
+use std::time::{Duration, Instant};
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::force::Force;
@@ -49,7 +50,7 @@ impl Attachments {
         }
         let taken = self.take_away(steps, id, &attachment, guest_deadline, &mut force).await;
         if let Err(mut failure) = taken {
-            if force.is_on() {
+            if !force.may_be_lost().is_empty() {
                 let record = AttachmentRecord::new(id, Phase::Detaching, &attachment).forced_by(&force);
                 let kept = self.write(steps, "write-losses", &record).await;
                 failure
@@ -85,6 +86,9 @@ impl Attachments {
             Transport::Nfs(_) => self.check_server(steps, id, attachment).await,
         };
         let known = force.may_be_lost().len();
+        if ready.is_ok() {
+            self.hold_for_flush(id, attachment).await;
+        }
         force.pass(ready, (), "what the guest wrote last may not be on the storage")?;
         let was_plugged = self.unplug(steps, id, attachment, guest_deadline, force).await;
         let was_plugged = force.pass(was_plugged, true, "the domain may still have the disk in its XML")?;
@@ -96,9 +100,22 @@ impl Attachments {
         let was_plugged = was_plugged || attachment.plan.is_some();
         match transport {
             Transport::Iscsi(iscsi) => {
-                self.disconnect_iscsi(steps, attachment, iscsi, was_plugged, force).await
+                self.disconnect_iscsi(steps, id, attachment, iscsi, was_plugged, force).await
             }
             Transport::Nfs(nfs) => self.disconnect_nfs(steps, id, attachment, nfs, was_plugged, force).await,
+        }
+    }
+
+    /// Holds open what a guest writes to through this host's memory, for the flush at the end. QEMU flushes as it lets go, and
+    /// ignores what comes of that; the kernel tells it to everybody who had the disk or file open, and to nobody who opens it
+    /// afterwards (Documentation/core-api/errseq.rst). Held until it is flushed, also by a later call.
+    async fn hold_for_flush(&self, id: AttachmentId, attachment: &Attachment) {
+        if !buffered(attachment.options.cache) || attachment.plan.is_none() {
+            return;
+        }
+        match &attachment.connection.transport {
+            Transport::Iscsi(iscsi) => self.hold_disk(id, iscsi).await,
+            Transport::Nfs(nfs) => self.hold_file(attachment, nfs).await,
         }
     }
 
@@ -112,7 +129,8 @@ impl Attachments {
         guest_deadline: Duration,
         force: &mut Force,
     ) -> Result<bool, Failure> {
-        let path = self.source_path(attachment);
+        let (path, began) = (self.source_path(attachment), Instant::now());
+        let cost = "the guest still has the disk, loses what it has not written, and sees I/O errors";
         let (mut was_plugged, mut guest_holds, mut last) = (false, false, None);
         for _ in 0..LOOKS {
             let turn = self
@@ -126,14 +144,16 @@ impl Attachments {
                 let unplugged = self.unplug_live(steps, id, attachment, guest_deadline).await;
                 // libvirtd went away during the call: what became of it is seen in the next look, which reaches it again. A domain
                 // that was busy was not asked at all.
-                if let Err(failure) = &unplugged
-                    && matches!(failure.reason, Reason::HypervisorUnavailable | Reason::DomainBusy)
-                {
+                let looks_again = |failure: &Failure| match failure.reason {
+                    Reason::HypervisorUnavailable => true,
+                    Reason::DomainBusy => began.elapsed() < guest_deadline,
+                    _ => false,
+                };
+                if unplugged.as_ref().is_err_and(looks_again) {
                     last = unplugged.err();
                     continue;
                 }
                 guest_holds = unplugged.is_err();
-                let cost = "the guest still has the disk, loses what it has not written, and sees I/O errors";
                 force.pass(unplugged, (), cost)?;
             } else if views.in_persistent(id) {
                 let alias = alias_of(id);
@@ -144,16 +164,14 @@ impl Attachments {
             } else {
                 return self.check_unused(attachment, &views, path.as_deref()).map(|()| was_plugged);
             }
-            was_plugged = true;
+            (was_plugged, last) = (true, None);
         }
-        Err(last.unwrap_or_else(|| {
-            let alias = alias_of(id);
-            Failure::new(
-                Reason::StillThere,
-                format!("disk {alias} keeps coming back to domain {}", attachment.domain_name),
-            )
-            .at("unplug-persistent")
-        }))
+        if let Some(failure) = last {
+            return Err(failure);
+        }
+        let alias = alias_of(id);
+        let back = format!("disk {alias} keeps coming back to domain {}", attachment.domain_name);
+        Err(Failure::new(Reason::StillThere, back).at("unplug-persistent"))
     }
 
     /// A disk of the domain that leads to the device under another alias is somebody's doing, and in use all the same.
@@ -205,6 +223,16 @@ impl Attachments {
                 ))
             })
             .await
+    }
+}
+
+/// Keeps that a flush failed: what it did not write is not there for another.
+pub(crate) fn lost_by_flush(attachment: &Attachment, error: &dyn Display, force: &mut Force) {
+    if buffered(attachment.options.cache) {
+        force.note(format!(
+            "what this host held of the writes of {} may be lost ({error})",
+            attachment.domain_name
+        ));
     }
 }
 

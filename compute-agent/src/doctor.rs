@@ -3,7 +3,7 @@
 
 mod attached;
 mod hypervisor;
-mod initiator;
+pub(crate) mod initiator;
 mod lock;
 mod multipath;
 
@@ -21,7 +21,7 @@ use crate::record::AttachmentRecord;
 const GUESTS: lvm::Guests = lvm::Guests {
     is_guests: attached::is_attached,
     is_hidden: |settings| settings.rejects || settings.use_devicesfile,
-    exposed: "LVM of this host looks for volume groups on attached disks: no devices file, and no filter",
+    exposed: "LVM of this host looks for volume groups on attached disks: no devices file and no filter hides them",
     setting: "global_filter = [ \"r|^/dev/disk/by-id/wwn-0x6001405|\" ]",
 };
 

@@ -7,6 +7,7 @@ use libfuzzer_sys::fuzz_target;
 
 use crate::config::Config;
 use crate::connector;
+use crate::doctor::initiator;
 use crate::hypervisor::domain_xml::DomainView;
 use crate::mount::table;
 use crate::record::AttachmentRecord;
@@ -23,6 +24,7 @@ fuzz_target!(|data: &[u8]| {
         b'j' => drop(serde_json::from_str::<AttachmentRecord>(text)),
         b'm' => tether_proto::fuzz::message(input),
         b'n' => tether_proto::fuzz::names(text),
+        b'v' => drop(initiator::judge_version(text)),
         b't' => drop((table::mounted_on(text, Path::new("/mnt/x")), table::all_nfs(text))),
         b'x' => {
             let Ok(view) = DomainView::parse(text) else { return };

@@ -290,9 +290,24 @@ impl Mounts {
         Ok(facts)
     }
 
+    /// Holds a file open until it is flushed, so that its flush is told of every write that failed since.
+    pub(crate) async fn hold(&self, mount: &Mount, path: &Path) -> Result<(), MountError> {
+        self.ask_to_flush(mount, path, Question::Hold(path.to_owned()), LOOK_DEADLINE).await
+    }
+
     /// Writes what this host holds of a file to the server.
     pub(crate) async fn flush(&self, mount: &Mount, path: &Path) -> Result<(), MountError> {
-        match self.helpers.ask(mount, &Question::Flush(path.to_owned()), FLUSH_DEADLINE).await? {
+        self.ask_to_flush(mount, path, Question::Flush(path.to_owned()), FLUSH_DEADLINE).await
+    }
+
+    async fn ask_to_flush(
+        &self,
+        mount: &Mount,
+        path: &Path,
+        question: Question,
+        deadline: Duration,
+    ) -> Result<(), MountError> {
+        match self.helpers.ask(mount, &question, deadline).await? {
             Answer::Done => Ok(()),
             Answer::NotShared(message) => Err(MountError::not_shared(mount, message)),
             Answer::Failed { errno, message } => {

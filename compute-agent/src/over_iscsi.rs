@@ -12,7 +12,7 @@ use tether_proto::{AttachmentId, ByteSize, IscsiConnection};
 
 use crate::attach::{HostDisk, Known};
 use crate::attachments::{Attachments, unreadable};
-use crate::detach::buffered;
+use crate::detach::{buffered, lost_by_flush};
 use crate::hypervisor::domain_xml::DiskKind;
 use crate::initiator::iscsi::IscsiError;
 use crate::initiator::session::Session;
@@ -251,6 +251,7 @@ impl Attachments {
     pub(crate) async fn disconnect_iscsi(
         &self,
         steps: &Steps,
+        id: AttachmentId,
         attachment: &Attachment,
         iscsi: &IscsiConnection,
         was_plugged: bool,
@@ -267,7 +268,14 @@ impl Attachments {
         while let Some(session) = self.sysfs.find_session(target).map_err(unreadable)? {
             seen = true;
             let ready = if session.logged_in().map_err(unreadable)? {
-                self.remove_disk(steps, attachment, &session, was_plugged).await
+                let flushed = match was_plugged {
+                    true => self.flush_disk(steps, id, attachment, &session, force).await,
+                    false => Ok(()),
+                };
+                match flushed {
+                    Ok(()) => self.remove_disk(steps, attachment, &session).await,
+                    Err(failure) => Err(failure),
+                }
             } else {
                 Err(Failure::new(Reason::FlushFailed, format!("the session to {target} is lost"))
                     .at("flush")
@@ -292,27 +300,62 @@ impl Attachments {
         self.delete_node_record(steps, iscsi).await
     }
 
-    /// Flushes what a domain may have written, and takes the disk off the host.
+    /// Has the disk held open until it is flushed, unless it does not answer.
+    pub(crate) async fn hold_disk(&self, id: AttachmentId, iscsi: &IscsiConnection) {
+        if self.held_disks().contains_key(&id) {
+            return;
+        }
+        let Ok(Some(session)) = self.sysfs.find_session(&iscsi.target_iqn) else { return };
+        // One that is being recovered lets nobody open its disk.
+        if !session.logged_in().is_ok_and(|logged_in| logged_in) {
+            return;
+        }
+        let Ok(Some(disk)) = session.disk() else { return };
+        let open =
+            move || device::open(&disk).map_err(|error| Failure::from_error(Reason::DeviceMissing, &error));
+        match blocking(KERNEL_DEADLINE, open).await {
+            Ok(file) => drop(self.held_disks().insert(id, file)),
+            Err(error) => {
+                tracing::warn!(%error, "not held open: its flush may not hear of what QEMU's own finds")
+            }
+        }
+    }
+
+    /// Flushes what a domain may have written. The kernel tells a failure once, so that it is kept for whoever tries again.
+    async fn flush_disk(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: &Attachment,
+        session: &Session,
+        force: &mut Force,
+    ) -> Result<(), Failure> {
+        let Some(disk) = session.disk().map_err(unreadable)? else { return Ok(()) };
+        let held = self.held_disks().remove(&id);
+        // Not entered as STUCK: a detach by force may go on while this one still waits for a storage host that is gone.
+        let flush = blocking(FLUSH_DEADLINE, move || {
+            device::flush(&disk, held).map_err(|error| Failure::from_error(Reason::FlushFailed, &error))
+        });
+        let flushed = steps
+            .run("flush", async {
+                flush.await.map_err(|failure| Failure { reason: Reason::FlushFailed, ..failure })
+            })
+            .await;
+        if let Err(failure) = &flushed {
+            lost_by_flush(attachment, failure, force);
+        }
+        flushed
+    }
+
+    /// Takes the disk off the host.
     async fn remove_disk(
         &self,
         steps: &Steps,
         attachment: &Attachment,
         session: &Session,
-        was_plugged: bool,
     ) -> Result<(), Failure> {
         let Some(disk) = session.disk().map_err(unreadable)? else { return Ok(()) };
         let what = format!("disk {disk} of {}", attachment.domain_name);
-        if was_plugged {
-            // Not entered as STUCK: a detach by force may go on while this one still waits for a storage host that is gone.
-            let flush = blocking(FLUSH_DEADLINE, move || {
-                device::flush(&disk).map_err(|error| Failure::from_error(Reason::FlushFailed, &error))
-            });
-            steps
-                .run("flush", async {
-                    flush.await.map_err(|failure| Failure { reason: Reason::FlushFailed, ..failure })
-                })
-                .await?;
-        }
         let mut events = self.events.subscribe();
         let removed = session.clone();
         steps

@@ -16,7 +16,7 @@ use tether_proto::{AttachmentId, ByteSize, NfsConnection, Transport, VolumeForma
 
 use crate::attach::{HostDisk, Known};
 use crate::attachments::Attachments;
-use crate::detach::buffered;
+use crate::detach::{buffered, lost_by_flush};
 use crate::hypervisor::domain_xml::DiskKind;
 use crate::mount::file_helper::Facts;
 use crate::mount::{Mount, MountError, State};
@@ -193,7 +193,7 @@ impl Attachments {
         let mounted = matches!(state()?, State::Mounted { .. });
         if was_plugged && buffered(attachment.options.cache) {
             if mounted {
-                let flushed = self.flush_file(steps, mount, nfs).await;
+                let flushed = self.flush_file(steps, attachment, mount, nfs, force).await;
                 force.pass(flushed, (), "what this host had not written to the storage is lost")?;
             } else {
                 tracing::error!(share = %mount.share, "unmounted before the flush: writes that the host held may be lost");
@@ -243,7 +243,25 @@ impl Attachments {
         self.views_of(attachment).await.map_or(true, |views| views.in_live(id))
     }
 
-    async fn flush_file(&self, steps: &Steps, mount: &Mount, nfs: &NfsConnection) -> Result<(), Failure> {
+    /// Has the file held open until it is flushed.
+    pub(crate) async fn hold_file(&self, attachment: &Attachment, nfs: &NfsConnection) {
+        let Some(mount) = &attachment.mount else { return };
+        if !self.mounts.state(mount).is_ok_and(|state| matches!(state, State::Mounted { .. })) {
+            return;
+        }
+        if let Err(error) = self.mounts.hold(mount, &file_of(mount, nfs)).await {
+            tracing::warn!(%error, file = %nfs.file, "not held open: its flush may not hear of what QEMU's own finds");
+        }
+    }
+
+    async fn flush_file(
+        &self,
+        steps: &Steps,
+        attachment: &Attachment,
+        mount: &Mount,
+        nfs: &NfsConnection,
+        force: &mut Force,
+    ) -> Result<(), Failure> {
         steps
             .run("flush", async {
                 match self.mounts.flush(mount, &file_of(mount, nfs)).await {
@@ -251,11 +269,17 @@ impl Attachments {
                         tracing::warn!(share = %mount.share, file = %nfs.file, "the file is gone: nothing to flush");
                         Ok(())
                     }
-                    Err(error) => Err(Failure { reason: Reason::FlushFailed, ..Failure::from(error) }.next(format!(
-                        "bring the storage host back, then detach again; or give up what this host has not written, on the \
-                         compute host: umount -f -l {}, then detach again",
-                        mount.directory.display()
-                    ))),
+                    Err(error) => {
+                        // When the kernel was not asked, or has not answered, the next flush finds all of it.
+                        if matches!(error, MountError::File { .. }) {
+                            lost_by_flush(attachment, &error, force);
+                        }
+                        Err(Failure { reason: Reason::FlushFailed, ..Failure::from(error) }.next(format!(
+                            "bring the storage host back, then detach again; or give up what this host has not written, on \
+                             the compute host: umount -f -l {}, then detach again",
+                            mount.directory.display()
+                        )))
+                    }
                     Ok(()) => Ok(()),
                 }
             })

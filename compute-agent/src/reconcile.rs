@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::force::Force;
@@ -18,7 +18,7 @@ use tether_proto::wire::{Outcome, ReconcileAction, ReconcileResponse};
 use tether_proto::{AttachmentId, Transport};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use crate::attach::Known;
 use crate::attachments::Attachments;
@@ -103,32 +103,30 @@ impl Attachments {
         missing
     }
 
-    /// One that fails holds up no other's next try.
     async fn connect_until(self: Arc<Self>, id: AttachmentId, until: Instant, turns: Arc<Semaphore>) -> bool {
-        let mut pace = interval(BOOT_RETRY);
-        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            pace.tick().await;
-            // Nobody closes it.
-            let _turn = turns.acquire().await;
-            if Instant::now() >= until {
-                return false;
-            }
+        again_until(until, &turns, || async {
             let one = self.clone();
             let connect =
                 move |steps: Steps| async move { one.reconcile_one(&steps, id, Domains::Down).await };
             let outcome = self.operations().run(&id.to_string(), RECONCILE, "boot".to_owned(), connect).await;
-            match outcome {
-                Ok(_) => return true,
+            match &outcome {
+                Ok(Outcome::Repaired) => tracing::info!(
+                    target: "audit",
+                    who = "agent",
+                    attachment = %id,
+                    action = "RESTORE",
+                    outcome = "DONE",
+                    "audit: change"
+                ),
+                Ok(_) => {}
                 Err(failure) => {
-                    let again = failure.reason.retry_after().is_some();
+                    let again = time_may_mend(failure);
                     tracing::error!(attachment = %id, again, error = %failure, "not connected after the boot");
-                    if !again {
-                        return false;
-                    }
                 }
             }
-        }
+            outcome.map(drop)
+        })
+        .await
     }
 
     async fn work(self: &Arc<Self>) -> Findings {
@@ -160,7 +158,8 @@ impl Attachments {
                 }
                 // It was asked, and its caller was told: nobody asks it again and again.
                 Err(failure)
-                    if action == ReconcileAction::Finish && failure.reason == Reason::GuestHoldsDevice =>
+                    if action == ReconcileAction::Finish
+                        && matches!(failure.reason, Reason::GuestHoldsDevice | Reason::FlushFailed) =>
                 {
                     findings.ended(OBJECT, &id.to_string(), ReconcileAction::Report, why, Err(failure));
                 }
@@ -240,6 +239,11 @@ impl Attachments {
                 removed?;
                 Ok(Outcome::Removed)
             }
+            // Its caller was told that a flush failed: to let go of the storage all the same is for nobody but people.
+            (Phase::Detaching, Some(_)) if flush_failed(record.forced, &record.may_be_lost) => {
+                let message = format!("its detach stopped: {}", record.may_be_lost.join("; "));
+                Err(Failure::new(Reason::FlushFailed, message).at("flush"))
+            }
             (Phase::Detaching, Some(_)) => {
                 let (outcome, _) = self.do_detach(steps, id, self.guest_deadline, false).await?;
                 Ok(outcome)
@@ -286,6 +290,11 @@ impl Attachments {
     }
 }
 
+/// What may be lost without force is what a flush did not write.
+fn flush_failed(forced: bool, may_be_lost: &[String]) -> bool {
+    !forced && !may_be_lost.is_empty()
+}
+
 fn called_for(
     record: &AttachmentRecord,
     tombstones: TombstoneDays,
@@ -293,6 +302,9 @@ fn called_for(
     match record.phase {
         Phase::Attached => Some((ReconcileAction::Restore, "its session, mount or resize was not complete")),
         Phase::Attaching => Some((ReconcileAction::Undo, "its attach was cut off")),
+        Phase::Detaching if flush_failed(record.forced, &record.may_be_lost) => {
+            Some((ReconcileAction::Report, "its detach stopped at a flush that failed"))
+        }
         Phase::Detaching => Some((ReconcileAction::Finish, "its detach was cut off")),
         Phase::Ended if tombstones.are_past(record.ended) => {
             Some((ReconcileAction::Forget, "it ended long ago"))
@@ -301,9 +313,83 @@ fn called_for(
     }
 }
 
+/// Tries, in turns, until it succeeds, or fails of what time does not mend, or it is too late for another try. One that fails
+/// holds up no other's next try.
+async fn again_until<T: Future<Output = Result<(), Failure>>>(
+    until: Instant,
+    turns: &Semaphore,
+    attempt: impl Fn() -> T,
+) -> bool {
+    let mut pace = interval(BOOT_RETRY);
+    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        pace.tick().await;
+        // Nobody closes it.
+        let _turn = turns.acquire().await;
+        if Instant::now() >= until {
+            return false;
+        }
+        match attempt().await {
+            Ok(()) => return true,
+            Err(failure) if !time_may_mend(&failure) => return false,
+            Err(_) => {}
+        }
+    }
+}
+
+/// A program that hangs comes back, perhaps; and a storage host that boots beside this one may share the empty directory below a
+/// file system that it has not mounted yet, where a file is missing.
+fn time_may_mend(failure: &Failure) -> bool {
+    failure.reason.retry_after().is_some() || matches!(failure.reason, Reason::Stuck | Reason::WrongDevice)
+}
+
 /// Puts the boot id where the next start finds it. Losing it to a power cut is no harm: then the host was booted.
 fn remember(file: &PathBuf, booted: &str) -> std::io::Result<()> {
     let temporary = file.with_extension("tmp");
     std::fs::write(&temporary, booted)?;
     std::fs::rename(&temporary, file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    /// Tries with these outcomes in turn, and the last one for ever. Says whether it succeeded, after how many tries and how long.
+    async fn tried(outcomes: &[Result<(), Reason>]) -> (bool, usize, Duration) {
+        let (began, tries, turns) = (Instant::now(), Cell::new(0), Semaphore::new(1));
+        let connected = again_until(began + BOOT_DEADLINE, &turns, || {
+            let outcome = outcomes[tries.get().min(outcomes.len() - 1)];
+            tries.set(tries.get() + 1);
+            async move { outcome.map_err(|reason| Failure::new(reason, "no")) }
+        });
+        (connected.await, tries.get(), began.elapsed())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn f21_after_a_boot_what_time_mends_is_tried_until_domains_go_first_and_nothing_else_twice() {
+        let away = Err(Reason::PortalUnreachable);
+        assert_eq!(tried(&[Ok(())]).await, (true, 1, Duration::ZERO));
+        assert_eq!(tried(&[away, away, Ok(())]).await, (true, 3, 2 * BOOT_RETRY));
+        assert_eq!(tried(&[away, Err(Reason::ChapRejected)]).await, (false, 2, BOOT_RETRY));
+        assert_eq!(
+            tried(&[Err(Reason::Stuck), Err(Reason::WrongDevice), Ok(())]).await,
+            (true, 3, 2 * BOOT_RETRY)
+        );
+        let tries = (BOOT_DEADLINE.as_secs() / BOOT_RETRY.as_secs()) as usize;
+        assert_eq!(tried(&[away]).await, (false, tries, BOOT_DEADLINE));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn f21_one_whose_turn_comes_too_late_is_not_tried() {
+        let turns = Semaphore::new(1);
+        let held = turns.acquire().await;
+        let until = Instant::now() + BOOT_DEADLINE;
+        let waiting = again_until(until, &turns, || async { panic!("it has no turn") });
+        let freed = async {
+            tokio::time::sleep_until(until).await;
+            drop(held);
+        };
+        assert!(!tokio::join!(waiting, freed).0);
+    }
 }

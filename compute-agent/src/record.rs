@@ -180,8 +180,10 @@ impl Attachment {
         if self.connection != told {
             return Some("connection info is another".to_owned());
         }
+        let keeps_allocated =
+            matches!(&self.connection.transport, Transport::Nfs(known) if known.keep_allocated);
         let discard = match (self.options.discard, options.discard) {
-            (Some(DiskDiscard::Unmap), None) => self.options.discard,
+            (Some(DiskDiscard::Unmap), None) if !keeps_allocated => self.options.discard,
             (_, asked) => asked,
         };
         let asked = DiskOptions { discard, ..options.clone() };
@@ -229,6 +231,7 @@ mod tests {
             ((true, Unspecified), (true, Unmap), false),
             ((true, Ignore), (true, Unspecified), false),
             ((true, Unmap), (true, Ignore), false),
+            ((true, Unmap), (true, Unspecified), false),
         ] {
             let (connection, options) = told(was_kept, was);
             let attachment = Attachment {

@@ -207,9 +207,9 @@ impl Verb<'_> {
                 if silent.is_empty() { String::new() } else { format!(" (not asked: {silent})") }
             ));
         }
-        let lost = detached.iter().flat_map(|answer| &answer.reply.may_be_lost);
-        let lost = lost.chain(unexported.iter().flat_map(|answer| &answer.reply.may_be_lost));
-        output.warnings.extend(lost.map(|sentence| format!("warning: forced: {sentence}")));
+        let lost = may_be_lost(&known, detached.as_ref(), unexported.as_ref());
+        let forced = if self.force { "forced: " } else { "" };
+        output.warnings.extend(lost.iter().map(|sentence| format!("warning: {forced}{sentence}")));
         Ok(output)
     }
 
@@ -342,8 +342,8 @@ impl Verb<'_> {
         unexported: Option<&Answer<wire::UnexportResponse>>,
         time: Duration,
     ) -> Result<Output> {
-        let volume =
-            known.export.as_ref().map(|found| format!("{}/{}", found.status.pool, found.status.volume));
+        let export = known.export.as_ref().filter(|found| !found.status.volume.is_empty());
+        let volume = export.map(|found| format!("{}/{}", found.status.pool, found.status.volume));
         let domain = known.attachment.as_ref().map(|found| found.status.domain.clone());
         let nothing_left = detached.is_none() && unexported.is_none();
         let view = DetachedView {
@@ -353,12 +353,7 @@ impl Verb<'_> {
             storage: known.export.as_ref().map(|found| found.agent.name().to_owned()),
             compute: known.attachment.as_ref().map(|found| found.agent.name().to_owned()),
             outcome: if nothing_left { "unchanged" } else { "removed" },
-            may_be_lost: detached
-                .iter()
-                .flat_map(|answer| &answer.reply.may_be_lost)
-                .chain(unexported.iter().flat_map(|answer| &answer.reply.may_be_lost))
-                .cloned()
-                .collect(),
+            may_be_lost: may_be_lost(known, detached, unexported),
             detach: detached.map(|answer| ReportView::new(answer.reply.report.as_ref(), answer.time)),
             unexport: unexported.map(|answer| ReportView::new(answer.reply.report.as_ref(), answer.time)),
             total_microseconds: u64::try_from(time.as_micros()).unwrap_or(u64::MAX),
@@ -395,4 +390,23 @@ impl Verb<'_> {
     fn key(&self) -> Key {
         Key::AttachmentId(self.id.to_string())
     }
+}
+
+/// What either side says may be lost: in its answer now, or of an end that an earlier call brought about.
+fn may_be_lost(
+    known: &Known,
+    detached: Option<&Answer<wire::DetachResponse>>,
+    unexported: Option<&Answer<wire::UnexportResponse>>,
+) -> Vec<String> {
+    let now = detached.map(|answer| &answer.reply.may_be_lost);
+    let now = now.into_iter().chain(unexported.map(|answer| &answer.reply.may_be_lost));
+    let attachment = known.attachment.as_ref().map(|found| &found.status.may_be_lost);
+    let export = known.export.as_ref().map(|found| &found.status.may_be_lost);
+    let mut lost: Vec<String> = Vec::new();
+    for sentence in now.chain(attachment).chain(export).flatten() {
+        if !lost.contains(sentence) {
+            lost.push(sentence.clone());
+        }
+    }
+    lost
 }

@@ -77,6 +77,9 @@ pub(crate) fn table_of(rows: &[RowView<'_>]) -> String {
     text
 }
 
+/// The phase of what is no more.
+const ENDED: &str = "ended";
+
 /// What both agents know of one attachment.
 pub(crate) async fn show(session: &Arc<Session>, id: AttachmentId) -> Result<Output> {
     let id = id.to_string();
@@ -109,6 +112,9 @@ fn yes_no(value: bool) -> String {
 /// What the storage host knows, in the words of the transport.
 fn export_lines(found: &Found<wire::ExportStatus>) -> Vec<(&'static str, String)> {
     let export = &found.status;
+    if export.phase == ENDED {
+        return ended_lines(("storage host", found.agent.name()), "export", &export.may_be_lost);
+    }
     let mut lines = vec![
         ("volume", format!("{}/{}", export.pool, export.volume)),
         ("storage host", found.agent.name().to_owned()),
@@ -136,6 +142,9 @@ fn export_lines(found: &Found<wire::ExportStatus>) -> Vec<(&'static str, String)
 /// What the compute host knows, in the words of the transport.
 fn attachment_lines(found: &Found<wire::AttachmentStatus>) -> Vec<(&'static str, String)> {
     let attachment = &found.status;
+    if attachment.phase == ENDED {
+        return ended_lines(("compute host", found.agent.name()), "attachment", &attachment.may_be_lost);
+    }
     let mut lines = vec![
         ("domain", format!("{} ({})", attachment.domain, attachment.domain_uuid)),
         ("compute host", found.agent.name().to_owned()),
@@ -164,6 +173,16 @@ fn attachment_lines(found: &Found<wire::AttachmentStatus>) -> Vec<(&'static str,
     lines
 }
 
+/// All that an agent keeps of what has ended.
+fn ended_lines(
+    (kind, host): (&'static str, &str),
+    what: &'static str,
+    may_be_lost: &[String],
+) -> Vec<(&'static str, String)> {
+    let lost = may_be_lost.iter().map(|sentence| ("may be lost", sentence.clone()));
+    [(kind, host.to_owned()), (what, ENDED.to_owned())].into_iter().chain(lost).collect()
+}
+
 /// No reachable host knows the id; whether that means that it does not exist depends on the others.
 pub(crate) fn nothing_known(id: &str, survey: &Survey) -> Box<Failure> {
     match survey.first_silent() {
@@ -186,7 +205,11 @@ fn row<'a>(id: &'a str, known: &'a Known, survey: &Survey) -> RowView<'a> {
     let attachment = known.attachment.as_ref();
     RowView {
         attachment_id: id,
-        volume: known.export.as_ref().map(|found| format!("{}/{}", found.status.pool, found.status.volume)),
+        volume: known
+            .export
+            .as_ref()
+            .filter(|found| !found.status.volume.is_empty())
+            .map(|found| format!("{}/{}", found.status.pool, found.status.volume)),
         storage: known.export.as_ref().map(|found| found.agent.name()),
         domain: attachment.map(|found| found.status.domain.as_str()),
         compute: attachment.map(|found| found.agent.name()),
@@ -206,8 +229,8 @@ fn state(id: &str, known: &Known, survey: &Survey) -> (&'static str, Option<Stri
         |kind| Some(format!("bring back {} to know more", survey::names(survey.silent_of(kind))));
     let export = known.export.as_ref().map(|found| &found.status);
     let attachment = known.attachment.as_ref().map(|found| &found.status);
-    let export_ended = export.is_none_or(|export| export.phase == "ended");
-    let attachment_ended = attachment.is_none_or(|attachment| attachment.phase == "ended");
+    let export_ended = export.is_none_or(|export| export.phase == ENDED);
+    let attachment_ended = attachment.is_none_or(|attachment| attachment.phase == ENDED);
     match (export, attachment) {
         (Some(_), Some(_)) | (Some(_), None) | (None, Some(_)) if export_ended && attachment_ended => {
             ("ended", None)

@@ -139,6 +139,7 @@ pub(crate) struct ExportView<'a> {
     enabled: bool,
     connected: bool,
     phase: &'a str,
+    may_be_lost: &'a [String],
 }
 
 impl<'a> ExportView<'a> {
@@ -157,6 +158,7 @@ impl<'a> ExportView<'a> {
             enabled: export.enabled,
             connected: export.connected,
             phase: &export.phase,
+            may_be_lost: &export.may_be_lost,
         }
     }
 }
@@ -180,6 +182,7 @@ pub(crate) struct AttachmentView<'a> {
     connected: bool,
     in_live_domain: bool,
     in_persistent_definition: bool,
+    may_be_lost: &'a [String],
 }
 
 impl<'a> AttachmentView<'a> {
@@ -202,6 +205,7 @@ impl<'a> AttachmentView<'a> {
             connected: attachment.connected,
             in_live_domain: attachment.in_live_domain,
             in_persistent_definition: attachment.in_persistent_definition,
+            may_be_lost: &attachment.may_be_lost,
         }
     }
 }

@@ -81,7 +81,7 @@ fn judge_daemon(units: &BTreeMap<String, Unit>) -> Finding {
 }
 
 /// Judges `iscsiadm --version`.
-fn judge_version(text: &str) -> Finding {
+pub(crate) fn judge_version(text: &str) -> Finding {
     let version = text.split_whitespace().last().unwrap_or_default();
     // With node.session.scan=manual, which attachments use, the login of this one version never returns (F32).
     if version.split('-').next() == Some("2.1.10") {
@@ -95,6 +95,7 @@ fn judge_version(text: &str) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use tether_proto::Severity;
 
     #[test]
@@ -119,6 +120,16 @@ mod tests {
             assert_eq!(judge_version(trap).severity, Severity::Error, "{trap}");
         }
         assert_eq!(judge_version("iscsiadm version 2.1.100\n").severity, Severity::Ok);
+    }
+
+    proptest! {
+        #[test]
+        fn f32_whatever_iscsiadm_says_only_that_version_is_an_error(text in ".{0,40}", revision in "(-[a-z0-9.]{1,9})?") {
+            let bad = judge_version(&format!("{text} 2.1.10{revision}\n"));
+            prop_assert_eq!(bad.severity, Severity::Error);
+            let other = judge_version(&text);
+            prop_assert!(other.severity == Severity::Ok || text.contains("2.1.10"));
+        }
     }
 
     #[test]

@@ -81,12 +81,17 @@ pub(crate) fn leads_to(path: &Path, disk: &str) -> bool {
     fs::read_link(path).is_ok_and(|target| target.file_name().is_some_and(|name| name == disk))
 }
 
-/// Writes what the host has cached of the disk, and the disk's own cache, to the storage host. Blocks; hangs when the
-/// session is lost.
-pub(crate) fn flush(disk: &str) -> Result<(), DeviceError> {
+/// Opens a disk, to flush it. Blocks; hangs when the session is lost.
+pub(crate) fn open(disk: &str) -> Result<File, DeviceError> {
     let path = Path::new("/dev").join(disk);
-    let file = File::open(&path).map_err(fail("opening", &path))?;
-    file.sync_all().map_err(fail("flushing", &path))
+    File::open(&path).map_err(fail("opening", &path))
+}
+
+/// Writes what the host has cached of the disk, and the disk's own cache, to the storage host. Tells what failed of that since
+/// `held` was opened. Blocks; hangs when the session is lost.
+pub(crate) fn flush(disk: &str, held: Option<File>) -> Result<(), DeviceError> {
+    let file = held.map_or_else(|| open(disk), Ok)?;
+    file.sync_all().map_err(fail("flushing", &Path::new("/dev").join(disk)))
 }
 
 /// Takes the disk off the host. Blocks until the kernel has let go of it.

@@ -4,6 +4,7 @@
 //! Here: what is asked and answered, the helper's side, and how it looks. Not here: starting, asking and giving it up
 //! (`mount`).
 
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -27,6 +28,8 @@ pub(crate) enum Question {
     Alive(PathBuf),
     /// What is this file?
     Look { path: PathBuf, format: VolumeFormat },
+    /// Hold this file open until it is flushed: then the flush is told of every write that fails from now on.
+    Hold(PathBuf),
     /// Write what this host holds of the file to the server.
     Flush(PathBuf),
 }
@@ -34,7 +37,7 @@ pub(crate) enum Question {
 /// What the helper found.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    /// It is alive, or flushed.
+    /// It is alive, or held, or flushed.
     Done,
     /// A regular file, and its format is sound.
     Found(Facts),
@@ -64,9 +67,10 @@ pub(crate) fn serve() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut answers = io::stdout().lock();
+    let mut held = Held::default();
     for question in io::stdin().lock().lines() {
         let answer = match question.map(|text| serde_json::from_str(&text)) {
-            Ok(Ok(question)) => answer(&question),
+            Ok(Ok(question)) => answer(&question, &mut held),
             Ok(Err(_)) | Err(_) => return ExitCode::FAILURE,
         };
         let told = serde_json::to_string(&answer).map_err(io::Error::from);
@@ -77,10 +81,17 @@ pub(crate) fn serve() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn answer(question: &Question) -> Answer {
-    if let Question::Look { path, .. } | Question::Flush(path) = question
-        && let Err(error) = ask_again(path)
-    {
+/// Files that wait for their flush.
+type Held = HashMap<PathBuf, File>;
+
+fn answer(question: &Question, held: &mut Held) -> Answer {
+    let asked = match question {
+        Question::Look { path, .. } | Question::Hold(path) => Some(path),
+        // What is held is the file that the guest had, whatever its name leads to by now.
+        Question::Flush(path) => Some(path).filter(|path| !held.contains_key(*path)),
+        Question::Alive(_) => None,
+    };
+    if let Some(Err(error)) = asked.map(|path| ask_again(path)) {
         return Answer::NotShared(error.to_string());
     }
     let outcome = match question {
@@ -88,12 +99,26 @@ fn answer(question: &Question) -> Answer {
             nix::sys::statvfs::statvfs(path).map(|_| Answer::Done).map_err(io::Error::from)
         }
         Question::Look { path, format } => look(path, *format),
-        Question::Flush(path) => open(path).and_then(|file| file.sync_all()).map(|()| Answer::Done),
+        Question::Hold(path) => hold(path, held).map(|()| Answer::Done),
+        Question::Flush(path) => flush(path, held).map(|()| Answer::Done),
     };
     outcome.unwrap_or_else(|error| Answer::Failed {
         errno: error.raw_os_error().unwrap_or_default(),
         message: error.to_string(),
     })
+}
+
+/// One that is held already knows more than one that is opened now.
+fn hold(path: &Path, held: &mut Held) -> io::Result<()> {
+    if !held.contains_key(path) {
+        held.insert(path.to_owned(), open(path)?);
+    }
+    Ok(())
+}
+
+fn flush(path: &Path, held: &mut Held) -> io::Result<()> {
+    let file = held.remove(path).map_or_else(|| open(path), Ok)?;
+    file.sync_all()
 }
 
 /// The client remembers which file a name leads to until it hears that the directory has changed, so it is made to ask.
@@ -170,12 +195,21 @@ mod tests {
         std::fs::write(folder.path().join("v1.raw"), "x").unwrap();
         std::os::unix::fs::symlink("v1.raw", folder.path().join("link")).unwrap();
         let ask = |name: &str| {
-            answer(&Question::Look { path: folder.path().join(name), format: VolumeFormat::Raw })
+            let question = Question::Look { path: folder.path().join(name), format: VolumeFormat::Raw };
+            answer(&question, &mut Held::default())
         };
         assert!(matches!(ask("link"), Answer::Failed { errno, .. } if errno == nix::Error::ELOOP as i32));
         assert!(matches!(ask("none"), Answer::Failed { errno, .. } if errno == nix::Error::ENOENT as i32));
         assert!(matches!(ask("."), Answer::Unfit(_)));
-        assert_eq!(answer(&Question::Alive(folder.path().to_owned())), Answer::Done);
-        assert_eq!(answer(&Question::Flush(folder.path().join("v1.raw"))), Answer::Done);
+        let (file, mut held) = (folder.path().join("v1.raw"), Held::default());
+        assert_eq!(answer(&Question::Alive(folder.path().to_owned()), &mut held), Answer::Done);
+        for _ in 0..2 {
+            assert_eq!(answer(&Question::Hold(file.clone()), &mut held), Answer::Done);
+        }
+        assert!(held.contains_key(&file));
+        for _ in 0..2 {
+            assert_eq!(answer(&Question::Flush(file.clone()), &mut held), Answer::Done);
+        }
+        assert!(held.is_empty(), "whoever waits for nobody to have it open may have it");
     }
 }

@@ -1,4 +1,4 @@
-//! The helpers that look at files and flush them, two for each mount at most; and which mount a process that hangs and cannot be
+//! The helpers that look at files, one for each mount, and those that hold and flush them, one for each file; and which mount a process that hangs and cannot be
 //! ended keeps busy. Not here: what a helper does (`file_helper`), and when it is asked.
 
 use std::collections::HashMap;
@@ -19,18 +19,19 @@ const END_DEADLINE: Duration = Duration::from_secs(10);
 
 type Slot = Arc<tokio::sync::Mutex<Option<HelperProcess>>>;
 
-/// What a helper is for. A flush may take long, and nobody who looks at another file waits for it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// What a helper is for. A flush may take long, and nobody who looks at another file, or flushes it, waits for it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Duty {
     Look,
-    Flush,
+    /// Of this file: what the helper holds open ends with it.
+    Flush(PathBuf),
 }
 
 impl Duty {
-    fn verb(self) -> &'static str {
+    fn verb(&self) -> &'static str {
         match self {
             Self::Look => "look at a file",
-            Self::Flush => "flush",
+            Self::Flush(_) => "flush",
         }
     }
 }
@@ -57,8 +58,11 @@ impl Helpers {
         self.check_not_stuck(mount)?;
         let silent = || MountError::Unresponsive { share: mount.share.clone(), deadline };
         let text = serde_json::to_string(question).map_err(|error| MountError::Report(error.to_string()))?;
-        let duty = if matches!(question, Question::Flush(_)) { Duty::Flush } else { Duty::Look };
-        let slot = self.slot(mount, duty);
+        let duty = match question {
+            Question::Hold(path) | Question::Flush(path) => Duty::Flush(path.clone()),
+            Question::Alive(_) | Question::Look { .. } => Duty::Look,
+        };
+        let slot = self.slot(mount, &duty);
         let Ok(mut held) = timeout(deadline, slot.lock_owned()).await else { return Err(silent()) };
         let kept = held.take();
         let was_kept = kept.is_some();
@@ -70,14 +74,15 @@ impl Helpers {
         }
         match answer {
             Ok(answer) => {
-                *held = Some(helper);
+                match question {
+                    Question::Flush(_) => self.end_one(mount, &duty, helper).await,
+                    _ => *held = Some(helper),
+                }
                 serde_json::from_str(&answer).map_err(|error| MountError::Report(error.to_string()))
             }
             Err(error) => {
                 let late = matches!(error, CommandError::Deadline { .. });
-                if let Some(pid) = helper.end().await {
-                    self.note_stuck(mount, duty.verb(), pid);
-                }
+                self.end_one(mount, &duty, helper).await;
                 Err(if late { silent() } else { MountError::Helper(error) })
             }
         }
@@ -85,7 +90,7 @@ impl Helpers {
 
     /// Starts the helper that looks at files, so that it is up when the share is.
     pub(super) fn start(&self, mount: &Mount) -> Result<(), MountError> {
-        if let Ok(mut held) = self.slot(mount, Duty::Look).try_lock_owned()
+        if let Ok(mut held) = self.slot(mount, &Duty::Look).try_lock_owned()
             && held.is_none()
         {
             *held = Some(new_helper()?);
@@ -95,23 +100,27 @@ impl Helpers {
 
     /// Ends the mount's helpers.
     pub(super) async fn end(&self, mount: &Mount) -> Result<(), MountError> {
-        for duty in [Duty::Look, Duty::Flush] {
-            let slot = self.slots().remove(&(mount.directory.clone(), duty));
-            let Some(slot) = slot else { continue };
+        let of_mount: Vec<((PathBuf, Duty), Slot)> =
+            self.slots().extract_if(|(directory, _), _| *directory == mount.directory).collect();
+        for ((_, duty), slot) in of_mount {
             let Ok(mut held) = timeout(END_DEADLINE, slot.lock_owned()).await else {
                 return Err(MountError::Unresponsive { share: mount.share.clone(), deadline: END_DEADLINE });
             };
-            if let Some(helper) = held.take()
-                && let Some(pid) = helper.end().await
-            {
-                self.note_stuck(mount, duty.verb(), pid);
+            if let Some(helper) = held.take() {
+                self.end_one(mount, &duty, helper).await;
             }
         }
         Ok(())
     }
 
-    fn slot(&self, mount: &Mount, duty: Duty) -> Slot {
-        self.slots().entry((mount.directory.clone(), duty)).or_default().clone()
+    async fn end_one(&self, mount: &Mount, duty: &Duty, helper: HelperProcess) {
+        if let Some(pid) = helper.end().await {
+            self.note_stuck(mount, duty.verb(), pid);
+        }
+    }
+
+    fn slot(&self, mount: &Mount, duty: &Duty) -> Slot {
+        self.slots().entry((mount.directory.clone(), duty.clone())).or_default().clone()
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<(PathBuf, Duty), Slot>> {

@@ -1,5 +1,7 @@
 //! Lists and single views, with hosts that are away and attachments that are half made.
 
+use tether_proto::wire;
+
 use crate::fakes::{Lab, lock, nobody};
 
 const ID: &str = "5f1c0e0a-7d1f-4a53-9d3c-0b7f3c0f7d11";
@@ -52,6 +54,35 @@ async fn a_host_that_is_away_is_told_and_hides_nothing() {
     assert_eq!(json["unreachable"].as_array().unwrap().len(), 3);
     let unknown = "00000000-0000-4000-8000-000000000001";
     assert_eq!(lab.tether(&["show", unknown]).await.exit, 5);
+}
+
+#[tokio::test]
+async fn show_tells_of_what_has_ended_only_that_and_what_may_be_lost() {
+    let lab = Lab::up().await;
+    let ended = wire::AttachmentStatus {
+        attachment_id: ID.into(),
+        phase: "ended".into(),
+        may_be_lost: vec!["what the guest wrote last".into()],
+        ..Default::default()
+    };
+    lock(&lab.compute.attachments).insert(ID.into(), ended);
+    let ran = lab.tether(&["show", ID]).await;
+    let lines: Vec<Vec<&str>> =
+        ran.out.lines().map(|line| line.split("  ").filter(|w| !w.is_empty()).collect()).collect();
+    assert_eq!(
+        lines[1..]
+            .iter()
+            .map(|line| line.iter().map(|word| word.trim()).collect())
+            .collect::<Vec<Vec<&str>>>(),
+        [
+            ["state", "ended"],
+            ["compute host", "compute1"],
+            ["attachment", "ended"],
+            ["may be lost", "what the guest wrote last"]
+        ]
+    );
+    let json = lab.tether(&["show", ID, "--json"]).await.json();
+    assert_eq!(json["attachment"]["may_be_lost"][0], "what the guest wrote last");
 }
 
 #[tokio::test]

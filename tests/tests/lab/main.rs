@@ -17,6 +17,7 @@ mod doctor;
 mod extend;
 mod faults;
 mod flow;
+mod flush;
 mod force;
 mod foreign;
 mod guests;

@@ -20,7 +20,7 @@ async fn pool(fixture: &Fixture, name: &str) -> wire::Pool {
 }
 
 /// Takes all room but this much, also what is kept for root: for a user's write it is none.
-async fn fill(fixture: &Fixture, but: &str) {
+pub(crate) async fn fill(fixture: &Fixture, but: &str) {
     let command = format!(
         "fallocate -l $(($(stat -f -c '%f*%S' {SHARE}) - {but})) {SHARE}/filler && test $(stat -f -c %a {SHARE}) = 0"
     );
@@ -168,7 +168,8 @@ async fn a_symlink_or_file_of_somebody_else_in_the_pool_is_refused_and_untouched
         let (reason, step, next) = reason(&refused);
         assert!(["NOT_OURS", "DIFFERENT_PARAMETERS"].contains(&reason.as_str()), "{volume}: {refused:?}");
         assert!(!step.is_empty() && !next.is_empty(), "{volume}: {refused:?}");
-        let delete = wire::DeleteVolumeRequest { pool: "share".into(), volume: volume.into() };
+        let delete =
+            wire::DeleteVolumeRequest { pool: "share".into(), volume: volume.into(), ..Default::default() };
         if let Err(refused) = client.delete_volume(delete).await {
             assert_eq!(refused.code(), Code::FailedPrecondition, "{volume}: {refused:?}");
         }
