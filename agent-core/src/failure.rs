@@ -187,6 +187,8 @@ pub struct Failure {
     pub exit: Option<i32>,
     /// What could not be undone.
     pub undo: Vec<String>,
+    /// The process that is still there: the step that it belongs to keeps its key `STUCK` until it ends.
+    pub process: Option<u32>,
 }
 
 impl Failure {
@@ -200,6 +202,7 @@ impl Failure {
             command: None,
             exit: None,
             undo: Vec::new(),
+            process: None,
         }
     }
 
@@ -221,6 +224,16 @@ impl Failure {
         failure.command = Some(error.command().to_owned());
         failure.exit = error.exit_code();
         failure
+    }
+
+    /// The same of a program that nobody may start again beside itself: one that is still there after its deadline is `STUCK`.
+    pub fn from_program(reason: Reason, error: &CommandError) -> Self {
+        match error {
+            CommandError::Deadline { stuck_pid: Some(pid), .. } => {
+                Self { process: Some(*pid), ..Self::from_command(Reason::Stuck, error) }
+            }
+            _ => Self::from_command(reason, error),
+        }
     }
 
     /// What to do next.

@@ -110,6 +110,9 @@ impl Steps {
             Err(failure) => {
                 let failure: Failure = failure;
                 let failure = failure.at(step);
+                if let Some(pid) = failure.process {
+                    self.stuck.enter_process(&self.key, self.verb, pid);
+                }
                 span.record("otel.status_code", "ERROR");
                 span.record("otel.status_description", failure.reason.as_str());
                 self.metrics.step(self.verb, step, began.elapsed(), Some(failure.reason.as_str()));

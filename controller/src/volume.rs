@@ -115,8 +115,13 @@ async fn create(session: &Session, arguments: &Create) -> Result<Output> {
 async fn delete(session: &Session, volume: &VolumeKey, host: &StorageHost) -> Result<Output> {
     let agent = connect(session, host).await?;
     begins(session, &format!("delete {volume}"), &volume.to_string());
-    let request =
-        wire::DeleteVolumeRequest { pool: volume.pool.to_string(), volume: volume.volume.to_string() };
+    // What is not there, or not as it should be, is for the agent to judge.
+    let meant = get(session, &agent, volume).await.map(|found| found.uuid).unwrap_or_default();
+    let request = wire::DeleteVolumeRequest {
+        pool: volume.pool.to_string(),
+        volume: volume.volume.to_string(),
+        uuid: meant,
+    };
     let send = || {
         let (mut client, request) = (agent.storage(), request.clone());
         async move { client.delete_volume(request).await }

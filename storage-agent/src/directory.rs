@@ -49,7 +49,7 @@ pub(crate) enum DirectoryError {
 impl From<DirectoryError> for Failure {
     fn from(error: DirectoryError) -> Self {
         match &error {
-            DirectoryError::Command(command) => Self::from_command(Reason::FileFailed, command),
+            DirectoryError::Command(command) => Self::from_program(Reason::FileFailed, command),
             DirectoryError::Io { source, .. } => match source.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::ENOSPC | Errno::EDQUOT) => Self::from_error(Reason::PoolFull, &error),
                 _ => Self::from_error(Reason::FileFailed, &error),

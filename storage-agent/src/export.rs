@@ -95,7 +95,7 @@ impl Exports {
             }
         }
         Ok(Self {
-            iscsi: iscsi::Iscsi::open(config.iscsi.as_ref(), &journal.list()).await,
+            iscsi: iscsi::Iscsi::open(config.iscsi.as_ref(), &journal.list(), pools.stuck.clone()).await,
             nfs: nfs::Nfs::open(NfsServer::at("/"), config.nfs.as_ref(), &journal),
             journal,
             operations: Operations::beside(pools.stuck.clone()),

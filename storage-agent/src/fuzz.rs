@@ -35,6 +35,7 @@ fuzz_target!(|data: &[u8]| {
             ));
         }
         b'j' => drop(serde_json::from_str::<ExportRecord>(text)),
+        b'p' => tether_agent_core::doctor::lvm::fuzz(text),
         b'l' => {
             drop((report::parse_logical_volumes(text), report::parse_volume_group(text)));
             drop((report::parse_extents(text), report::parse_thin_pool(text)));

@@ -51,7 +51,7 @@ pub(crate) enum LvmError {
 impl From<LvmError> for Failure {
     fn from(error: LvmError) -> Self {
         match error {
-            LvmError::Command(error) => Failure::from_command(Reason::LvmFailed, &error),
+            LvmError::Command(error) => Failure::from_program(Reason::LvmFailed, &error),
             other => Failure::from_error(Reason::LvmFailed, &other)
                 .next("see on the storage host what has the LV's name: ls -l /dev/VG; dmsetup info"),
         }

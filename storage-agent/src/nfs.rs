@@ -56,7 +56,7 @@ pub(crate) enum NfsError {
 impl From<NfsError> for Failure {
     fn from(error: NfsError) -> Self {
         match &error {
-            NfsError::Command(command) => Self::from_command(Reason::ShareFailed, command),
+            NfsError::Command(command) => Self::from_program(Reason::ShareFailed, command),
             NfsError::Io { .. } => Self::from_error(Reason::ShareFailed, &error)
                 .next("see the disk and the rights of that path on the storage host"),
             NfsError::ForeignFragment { path } => Self::from_error(Reason::NotOurs, &error)

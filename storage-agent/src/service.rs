@@ -120,7 +120,8 @@ impl StorageAgent for Service {
             .volume(&volume_text(&request.pool, &request.volume))
             .run(
                 async move {
-                    let report = volumes.delete(key(&request.pool, &request.volume)?).await?;
+                    let uuid = Some(request.uuid).filter(|uuid| !uuid.is_empty());
+                    let report = volumes.delete(key(&request.pool, &request.volume)?, uuid).await?;
                     Ok(wire::DeleteVolumeResponse { report: Some(report) })
                 },
                 |reply| reply.report.as_ref(),

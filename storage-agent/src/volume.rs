@@ -121,13 +121,19 @@ impl Volumes {
     }
 
     /// Deletes a volume that this agent made.
-    pub(crate) async fn delete(self: &Arc<Self>, key: VolumeKey) -> Result<OperationReport, Failure> {
+    pub(crate) async fn delete(
+        self: &Arc<Self>,
+        key: VolumeKey,
+        uuid: Option<String>,
+    ) -> Result<OperationReport, Failure> {
         let (this, name) = (self.clone(), key.to_string());
         self.operations
-            .run(&name, "delete-volume", String::new(), move |steps| async move {
+            .run(&name, "delete-volume", uuid.clone().unwrap_or_default(), move |steps| async move {
                 match this.pools.of(&key)? {
-                    Pool::Logical(lvm) => this.delete_logical(&steps, &key, lvm).await,
-                    Pool::Directory(directory) => this.delete_file(&steps, &key, directory).await,
+                    Pool::Logical(lvm) => this.delete_logical(&steps, &key, lvm, uuid.as_deref()).await,
+                    Pool::Directory(directory) => {
+                        this.delete_file(&steps, &key, directory, uuid.as_deref()).await
+                    }
                 }
             })
             .await

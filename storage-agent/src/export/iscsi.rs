@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::steps::{KERNEL_DEADLINE, Steps, blocking};
+use tether_agent_core::stuck::Stuck;
 use tether_agent_core::turns::{Turn, Turns};
 use tether_proto::{AttachmentId, Iqn, IscsiConnection, MutualChap, Secret, Transport};
 use tokio::time::interval;
@@ -27,6 +28,7 @@ const LOGOUT_INTERVAL: Duration = Duration::from_millis(20);
 /// What exports over iSCSI need.
 pub(super) struct Iscsi {
     lio: Lio,
+    stuck: Stuck,
     config: Option<config::Iscsi>,
     turns: Turns<String>,
     users: Mutex<HashMap<String, BTreeSet<AttachmentId>>>,
@@ -35,7 +37,8 @@ pub(super) struct Iscsi {
 impl Iscsi {
     /// Makes the kernel's target ready where the config asks for it. A kernel that lacks it is told in the log now and to
     /// each caller later: volumes can be made all the same.
-    pub(super) async fn open(config: Option<&config::Iscsi>, records: &[ExportRecord]) -> Self {
+    /// What hangs in the kernel is entered into `stuck`.
+    pub(super) async fn open(config: Option<&config::Iscsi>, records: &[ExportRecord], stuck: Stuck) -> Self {
         let lio = Lio::at(lio::ROOT);
         if config.is_some()
             && let Err(failure) = lio.make_ready().await
@@ -51,7 +54,7 @@ impl Iscsi {
                 users.entry(name).or_default().insert(record.id);
             }
         }
-        Self { lio, config: config.cloned(), turns: Turns::default(), users: Mutex::new(users) }
+        Self { lio, stuck, config: config.cloned(), turns: Turns::default(), users: Mutex::new(users) }
     }
 
     /// The connection of a new export, with a new secret.
@@ -218,9 +221,10 @@ impl Iscsi {
             let mut pace = interval(LOGOUT_INTERVAL);
             loop {
                 pace.tick().await;
-                let (lio, iqn, name) = (lio.clone(), iqn.clone(), initiator.clone());
-                // Not entered as STUCK: an Unexport by force may go on while this one still waits for the kernel.
-                if !blocking(KERNEL_DEADLINE, move || lio.connected(&iqn, &name)).await? {
+                let (lio, asked, name) = (lio.clone(), iqn.clone(), initiator.clone());
+                let connected = move || lio.connected(&asked, &name);
+                // Not stuck under the export's own key: an Unexport by force may go on while this one waits for the kernel.
+                if !self.stuck.blocking(&sessions_of(iqn), "look", connected).await? {
                     return Ok(());
                 }
                 if Instant::now() >= until {
@@ -251,10 +255,16 @@ impl Iscsi {
 
     /// Is the target enabled, and the initiator logged in?
     pub(super) async fn state(&self, export: &Export, iqn: &Iqn) -> Result<(bool, bool), Failure> {
-        let (lio, iqn, initiator) = (self.lio.clone(), iqn.clone(), export.connector.initiator_iqn.clone());
+        let (lio, initiator) = (self.lio.clone(), export.connector.initiator_iqn.clone());
+        let (key, iqn) = (sessions_of(iqn), iqn.clone());
         let look = move || Ok::<_, Failure>((lio.enabled(&iqn)?, lio.connected(&iqn, &initiator)?));
-        blocking(KERNEL_DEADLINE, look).await
+        self.stuck.blocking(&key, "look", look).await
     }
+}
+
+/// The key under which it hangs to ask for a target's sessions.
+fn sessions_of(iqn: &Iqn) -> String {
+    format!("sessions of {iqn}")
 }
 
 /// What the kernel's target is to be.

@@ -65,7 +65,7 @@ impl Exports {
         closed?;
         tracing::info!(volume = %volume, forced = force.is_on(), "unexported");
         if let Err(failure) = self.close_extension(steps, &volume).await {
-            tracing::warn!(volume = %volume, error = %failure, "its extension stays open until its next export ends");
+            tracing::warn!(volume = %volume, error = %failure, "its extension stays open until it is exported or reconciled again");
         }
         Ok((steps.report(Outcome::Removed), force.may_be_lost().to_vec()))
     }

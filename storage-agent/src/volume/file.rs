@@ -218,12 +218,13 @@ impl Volumes {
         steps: &Steps,
         key: &VolumeKey,
         directory: &Directory,
+        uuid: Option<&str>,
     ) -> Result<OperationReport, Failure> {
         // A directory whose file system is not mounted has no files, which must not be taken for an answer.
         steps.run("check-pool", self.pools.use_directory(&key.pool, directory)).await?;
         let place = format!("{}/{}", directory.path(), key.volume);
         self.claims.claim(&place, Claim::Deletion).map_err(|failure| failure.at("validate"))?;
-        let outcome = self.remove_file(steps, key, directory).await;
+        let outcome = self.remove_file(steps, key, directory, uuid).await;
         self.claims.release(&place, Claim::Deletion);
         Ok(steps.report(outcome?))
     }
@@ -243,6 +244,7 @@ impl Volumes {
         steps: &Steps,
         key: &VolumeKey,
         directory: &Directory,
+        uuid: Option<&str>,
     ) -> Result<Outcome, Failure> {
         let Some(record) = self.pools.file(key) else {
             let foreign = steps.run("find-volume", find::foreign_file(directory, key)).await?;
@@ -252,6 +254,9 @@ impl Volumes {
                     .next("remove it with rm if you are sure")),
             };
         };
+        if uuid.is_some_and(|uuid| uuid != record.uuid) {
+            return Ok(Outcome::Unchanged);
+        }
         let Some(identity) = record.identity.filter(|_| find::is_volume(&record)) else {
             self.clear_leftover(steps, directory, &record).await?;
             return Ok(Outcome::Removed);

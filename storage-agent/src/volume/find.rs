@@ -76,7 +76,9 @@ pub(crate) async fn file(
         }
         // A hypervisor cut it to an earlier size: the extension is to be made good.
         None if found.size < record.size.bytes() => {
-            tracing::warn!(%volume, bytes = found.size, "a late resize has cut the file: what was behind is lost");
+            // What a running guest was not told of it cannot have used, unless another host's guest was.
+            let lost = record.multi_attach;
+            tracing::warn!(%volume, bytes = found.size, may_be_lost = lost, "a late resize has cut the file to this size");
             FileRecord { extending_to: Some(record.size), ..record }
         }
         _ => record,

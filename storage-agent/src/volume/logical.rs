@@ -308,17 +308,25 @@ impl Volumes {
         steps: &Steps,
         key: &VolumeKey,
         lvm: &Lvm,
+        uuid: Option<&str>,
     ) -> Result<OperationReport, Failure> {
         let place = lvm.place(key.volume.as_str());
         self.claims.claim(&place, Claim::Deletion).map_err(|failure| failure.at("validate"))?;
-        let outcome = self.remove_logical(steps, key, lvm).await;
+        let outcome = self.remove_logical(steps, key, lvm, uuid).await;
         self.claims.release(&place, Claim::Deletion);
         Ok(steps.report(outcome?))
     }
 
-    async fn remove_logical(&self, steps: &Steps, key: &VolumeKey, lvm: &Lvm) -> Result<Outcome, Failure> {
+    async fn remove_logical(
+        &self,
+        steps: &Steps,
+        key: &VolumeKey,
+        lvm: &Lvm,
+        uuid: Option<&str>,
+    ) -> Result<Outcome, Failure> {
         let mut outcome = Outcome::Unchanged;
         match steps.run("find-volume", lvm.find(key.volume.as_str())).await? {
+            Some(lv) if uuid.is_some_and(|uuid| uuid != lv.uuid) => return Ok(Outcome::Unchanged),
             Some(lv) => {
                 check_ours(key, &lv)?;
                 if lv.open {

@@ -206,18 +206,22 @@ impl Volumes {
                 cleared
             }
             (CutOff::Deletion, Pool::Directory(directory)) => {
-                self.delete_file(steps, key, directory).await.map(drop)
+                self.delete_file(steps, key, directory, None).await.map(drop)
             }
             (CutOff::Deletion, Pool::Logical(lvm)) if !self.is_recorded(key, lvm).await? => {
                 self.end(steps, "close-journal", key).await
             }
-            (CutOff::Deletion, Pool::Logical(lvm)) => match self.delete_logical(steps, key, lvm).await {
-                // Somebody has begun to use it since: then it is not to go any more.
-                Err(failure) if matches!(failure.reason, Reason::VolumeExported | Reason::VolumeInUse) => {
-                    self.end(steps, "undo-write-journal", key).await
+            (CutOff::Deletion, Pool::Logical(lvm)) => {
+                match self.delete_logical(steps, key, lvm, None).await {
+                    // Somebody has begun to use it since: then it is not to go any more.
+                    Err(failure)
+                        if matches!(failure.reason, Reason::VolumeExported | Reason::VolumeInUse) =>
+                    {
+                        self.end(steps, "undo-write-journal", key).await
+                    }
+                    outcome => outcome.map(drop),
                 }
-                outcome => outcome.map(drop),
-            },
+            }
         }
     }
 

@@ -126,7 +126,7 @@ impl Caller {
                 Ok(done(made.report, Facts { size: made.volume.map(|v| v.size_bytes), ..Facts::default() }))
             }
             Call::Delete => {
-                let request = wire::DeleteVolumeRequest { pool, volume };
+                let request = wire::DeleteVolumeRequest { pool, volume, ..Default::default() };
                 let gone = self.tether.storage().await?.delete_volume(request).await?.into_inner();
                 Ok(done(gone.report, Facts::default()))
             }

@@ -30,7 +30,8 @@ async fn the_storage_agent_refuses_names_formats_and_clients_that_are_none() {
             wire::ExtendVolumeRequest { pool: "share".into(), volume: name.into(), size_bytes: 1 << 30 };
         let outcome = storage.extend_volume(extend).await;
         refused(&format!("extend {name:?}"), outcome, Code::InvalidArgument, "INVALID_ARGUMENT");
-        let delete = wire::DeleteVolumeRequest { pool: "share".into(), volume: name.into() };
+        let delete =
+            wire::DeleteVolumeRequest { pool: "share".into(), volume: name.into(), ..Default::default() };
         let outcome = storage.delete_volume(delete).await;
         refused(&format!("delete {name:?}"), outcome, Code::InvalidArgument, "INVALID_ARGUMENT");
     }

@@ -28,7 +28,7 @@ async fn every_verb_twice(pool: &str, size: u64, unit: u64) {
         (outcome(first.report), outcome(second.report)),
         (wire::Outcome::Created, wire::Outcome::Unchanged)
     );
-    let larger = wire::CreateVolumeRequest { size_bytes: 32 << 20, ..create };
+    let larger = wire::CreateVolumeRequest { size_bytes: 32 << 20, ..create.clone() };
     assert_eq!(reason(&storage.create_volume(larger).await.unwrap_err()).0, "DIFFERENT_PARAMETERS");
     let extend =
         wire::ExtendVolumeRequest { pool: pool.into(), volume: "twice".into(), size_bytes: size + 1 };
@@ -81,12 +81,23 @@ async fn every_verb_twice(pool: &str, size: u64, unit: u64) {
     assert_eq!(reason(&attach_with(&fixture, &id, "c2", info).await.unwrap_err()).0, "ATTACHMENT_ENDED");
     assert_eq!(reason(&storage.export(again).await.unwrap_err()).0, "ATTACHMENT_ENDED");
 
-    let delete = wire::DeleteVolumeRequest { pool: pool.into(), volume: "twice".into() };
+    let delete =
+        wire::DeleteVolumeRequest { pool: pool.into(), volume: "twice".into(), ..Default::default() };
     let one = storage.delete_volume(delete.clone()).await.unwrap().into_inner();
-    let two = storage.delete_volume(delete).await.unwrap().into_inner();
+    let two = storage.delete_volume(delete.clone()).await.unwrap().into_inner();
     assert_eq!(
         (outcome(one.report), outcome(two.report)),
         (wire::Outcome::Removed, wire::Outcome::Unchanged)
+    );
+    // F8: one that comes late, and says which volume it meant, leaves a newer one of the name alone.
+    let newer = storage.create_volume(create).await.unwrap().into_inner().volume.unwrap();
+    let of =
+        |volume: &wire::Volume| wire::DeleteVolumeRequest { uuid: volume.uuid.clone(), ..delete.clone() };
+    let late = storage.delete_volume(of(&first.volume.unwrap())).await.unwrap().into_inner();
+    let meant = storage.delete_volume(of(&newer)).await.unwrap().into_inner();
+    assert_eq!(
+        (outcome(late.report), outcome(meant.report)),
+        (wire::Outcome::Unchanged, wire::Outcome::Removed)
     );
     fixture.assert_nothing_left("at the end").await;
 }

@@ -124,7 +124,8 @@ impl<'a> Case<'a> {
     }
 
     async fn delete(&self) -> Result<Report, Status> {
-        let request = wire::DeleteVolumeRequest { pool: self.pool.into(), volume: VOLUME.into() };
+        let request =
+            wire::DeleteVolumeRequest { pool: self.pool.into(), volume: VOLUME.into(), ..Default::default() };
         Ok(self.fixture.tether.storage().await.unwrap().delete_volume(request).await?.into_inner().report)
     }
 

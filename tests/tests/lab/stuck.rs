@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tether_proto::wire;
+use tether_tests::tether::SHARE;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -85,6 +86,86 @@ async fn kernel_health(fixture: &Fixture) -> ServingStatus {
 /// Left out of a run for its time, not for what it shows: `tests/run long`.
 mod long {
     use super::*;
+
+    /// F27: a file system that lets nobody write. The file that is being made is `STUCK` until the kernel answers, other pools go
+    /// on, and then the same call makes it.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f27_a_file_system_that_hangs_is_told_and_holds_up_no_other_pool() {
+        let fixture = Fixture::new().await;
+        let storage = &fixture.lab.storage;
+        storage.run(&format!("fsfreeze --freeze {SHARE}")).await.unwrap();
+        let create = ["volume", "create", "share/hangs", "16M"];
+        let hanging = async {
+            let began = Instant::now();
+            (fixture.tether.error(&create).await.unwrap(), began.elapsed())
+        };
+        let beside = async {
+            let began = Instant::now();
+            fixture.volume("thick/beside").await;
+            began.elapsed()
+        };
+        let (((_, error), took), quick) = tokio::join!(hanging, beside);
+        assert_eq!((text(&error, "/reason"), text(&error, "/step")), ("STUCK", "create-file"), "{error:#}");
+        assert!(took < TOLD && quick < took, "{took:?} beside {quick:?}");
+        let began = Instant::now();
+        let (_, error) = fixture.tether.error(&create).await.unwrap();
+        assert_eq!(text(&error, "/reason"), "STUCK", "{error:#}");
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        assert_eq!(kernel_health(&fixture).await, ServingStatus::NotServing);
+
+        let thaw = format!("fsfreeze --unfreeze {SHARE} && sync -f {SHARE}");
+        storage.run(&thaw).await.unwrap();
+        fixture.volume("share/hangs").await;
+        assert_eq!(kernel_health(&fixture).await, ServingStatus::Serving);
+        let files = storage.run(&format!("ls -A {SHARE}")).await.unwrap();
+        fixture.tether.json(&["volume", "delete", "share/hangs"]).await.unwrap();
+        assert_eq!(files.matches("hangs").count(), 1, "{files}");
+    }
+
+    /// F27: a program of LVM that hangs and must not be killed. Its volume is `STUCK` until it ends, no second one is started beside
+    /// it, and other volumes go on.
+    #[tokio::test]
+    #[ignore = "lab"]
+    async fn f27_a_program_of_lvm_that_hangs_is_told_and_not_started_again() {
+        let fixture = Fixture::new().await;
+        let storage = &fixture.lab.storage;
+        fixture.volume("thick/hangs").await;
+        let script = "#!/bin/bash\ncase \"$*\" in *tether/hangs*) echo $$ >>/run/hanging; \
+                      until [ -e /run/mended ]; do sleep 0.2; done ;; esac\nexec -a lvremove /usr/sbin/lvm \"$@\"\n";
+        storage.run("rm /usr/sbin/lvremove").await.unwrap();
+        storage.put(script, "/usr/sbin/lvremove", 0o755).await.unwrap();
+        let delete = ["volume", "delete", "thick/hangs"];
+        let hanging = async {
+            let began = Instant::now();
+            (fixture.tether.error(&delete).await.unwrap(), began.elapsed())
+        };
+        let beside = async {
+            fixture.volume("thick/beside").await;
+            fixture.tether.json(&["volume", "delete", "thick/beside"]).await.unwrap();
+        };
+        let (((_, error), took), ()) = tokio::join!(hanging, beside);
+        assert_eq!((text(&error, "/reason"), text(&error, "/step")), ("STUCK", "remove-volume"), "{error:#}");
+        assert!(took < TOLD, "{took:?}");
+        let (_, error) = fixture.tether.error(&delete).await.unwrap();
+        assert_eq!(text(&error, "/reason"), "STUCK", "{error:#}");
+        let pids = storage.run("cat /run/hanging").await.unwrap();
+        assert_eq!(pids.lines().count(), 1, "started once: {pids}");
+        assert!(text(&error, "/message").contains(pids.trim()), "{error:#}");
+        assert_eq!(kernel_health(&fixture).await, ServingStatus::NotServing);
+
+        let ended = format!(
+            "touch /run/mended; for i in $(seq 100); do [ -d /proc/{} ] || exit 0; sleep 0.1; done; exit 1",
+            pids.trim()
+        );
+        storage.run(&ended).await.expect("it goes on once it can");
+        fixture.tether.json(&delete).await.unwrap();
+        assert_eq!(
+            storage.run("lvs --noheadings -o lv_name -S lv_name=hangs tether").await.unwrap().trim(),
+            ""
+        );
+        assert_eq!(kernel_health(&fixture).await, ServingStatus::Serving);
+    }
 
     /// F32: a login that hangs, as open-iscsi 2.1.10 does it: it is told in time, an attach beside it is not held up, iscsiadm is
     /// not killed, and once it has ended the detach takes away what it made.

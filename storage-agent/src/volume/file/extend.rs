@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use tether_agent_core::failure::Failure;
+use tether_agent_core::failure::{Failure, Reason};
 use tether_agent_core::qcow2;
 use tether_agent_core::steps::{KERNEL_DEADLINE, Steps};
 use tether_proto::wire::{OperationReport, Outcome};
@@ -62,8 +62,7 @@ impl Volumes {
             let made = async {
                 self.write_file_record(steps, "write-journal", &pending).await?;
                 steps.run("extend-volume", grow(directory, &file, size, steps, "extend-volume")).await?;
-                let whole = FileRecord { grown_from: None, ..done.clone() };
-                steps.run("verify-volume", find::measure(directory, &whole)).await?;
+                steps.run("verify-volume", verify_grown(directory, &done)).await?;
                 self.write_file_record(steps, "close-journal", &done).await
             };
             match made.await {
@@ -149,11 +148,27 @@ pub(crate) async fn settle(
     const STEP: &str = "finish-extension";
     grow(directory, file, size, steps, STEP).await?;
     let record = FileRecord { size, extending_to: None, ..file.record.clone() };
-    find::measure(directory, &FileRecord { grown_from: None, ..record.clone() }).await?;
+    verify_grown(directory, &record).await?;
     let (pools, settled) = (pools.clone(), record.clone());
     let put = move || pools.files.put(&journal_key(&settled.volume), &settled);
     steps.block(STEP, KERNEL_DEADLINE, put).await?;
     Ok(record)
+}
+
+/// The file has all of its new size. It may have been cut this very moment, by a hypervisor that was late.
+async fn verify_grown(directory: &Directory, record: &FileRecord) -> Result<(), Failure> {
+    let (_, found) = find::measure(directory, record).await?;
+    if found.size < record.size.bytes() {
+        return Err(Failure::new(
+            Reason::OperationRunning,
+            format!(
+                "a hypervisor has just told a guest of {} an earlier size, and cut its file to {} bytes",
+                record.volume, found.size
+            ),
+        )
+        .next("call again"));
+    }
+    Ok(())
 }
 
 async fn grow(

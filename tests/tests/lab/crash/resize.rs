@@ -40,7 +40,8 @@ impl Extended {
     async fn remove(self, fixture: &Fixture, pool: &str, when: &str) {
         fixture.detach(&self.id).await;
         assert_nothing_left(fixture, when).await;
-        let request = wire::DeleteVolumeRequest { pool: pool.into(), volume: "crash".into() };
+        let request =
+            wire::DeleteVolumeRequest { pool: pool.into(), volume: "crash".into(), ..Default::default() };
         fixture.tether.storage().await.unwrap().delete_volume(request).await.unwrap();
     }
 }

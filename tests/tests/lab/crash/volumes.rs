@@ -26,7 +26,8 @@ async fn volume_killed(pool: &str, format: VolumeFormat, name: &str) {
         Ok::<_, Status>(fixture.tether.storage().await.unwrap().extend_volume(request).await?.into_inner())
     };
     let delete = || async {
-        let request = wire::DeleteVolumeRequest { pool: pool.into(), volume: "crash".into() };
+        let request =
+            wire::DeleteVolumeRequest { pool: pool.into(), volume: "crash".into(), ..Default::default() };
         Ok::<_, Status>(fixture.tether.storage().await.unwrap().delete_volume(request).await?.into_inner())
     };
     let get = || async {
