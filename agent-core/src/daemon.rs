@@ -47,7 +47,7 @@ struct Arguments {
     /// Read the config, say what is wrong with it, and end
     #[arg(long)]
     check_config: bool,
-    /// What to log: error, warn, info, debug, or tracing's filter syntax
+    /// What to log: error, warn, info, debug, or several with targets: info,h2=debug
     #[arg(long, value_name = "FILTER", default_value = "info", env = "TETHER_LOG")]
     log: String,
     #[command(subcommand)]
