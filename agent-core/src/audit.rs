@@ -17,12 +17,13 @@ use tonic::{Request, Response, Status};
 
 use crate::failure::{Failure, Reason};
 use crate::roles::Caller;
+use crate::server::one_peer;
 
 /// How long what came from outside may be in a line, in characters.
 const LONGEST: usize = 200;
 /// In this time …
 const WINDOW: Duration = Duration::from_secs(60);
-/// … one address has this many lines of refusals …
+/// … one host has this many lines of refusals …
 const LINES_OF_ONE: u32 = 30;
 /// … and all together have this many.
 const LINES: u32 = 300;
@@ -245,7 +246,7 @@ impl Refusals {
     /// Writes a refusal down, or counts it.
     pub(crate) fn write(&self, refusal: &Refusal<'_>) {
         let from = match (refusal.peer, refusal.caller) {
-            (Some(peer), _) => peer.ip().to_canonical().to_string(),
+            (Some(peer), _) => one_peer(peer.ip()).to_string(),
             (None, Some(caller)) => caller.who.clone(),
             (None, None) => String::new(),
         };

@@ -30,6 +30,7 @@ use crate::failure::{Failure, Reason};
 use crate::gate::GateLayer;
 use crate::tls::Tls;
 use doors::Doors;
+pub(crate) use places::one_peer;
 
 /// How long a client may take for its TLS handshake.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);

@@ -28,6 +28,21 @@ pub struct Guests {
     pub setting: &'static str,
 }
 
+impl Guests {
+    /// How to hide them. A setting that is read later replaces the one before it as a whole, so that a filter which is there is
+    /// not to be written over.
+    fn hide(&self, settings: &Settings) -> String {
+        let Settings { global_filter: present, .. } = settings;
+        match self.setting.strip_prefix("global_filter = ") {
+            Some(pattern) if !present.is_empty() => format!(
+                "lvmconfig devices/global_filter   # {present}: where that is set, add what is in {pattern}, and accept no other \
+                 name of such a disk"
+            ),
+            _ => format!("printf 'devices {{\\n\\t{}\\n}}\\n' >>/etc/lvm/lvmlocal.conf", self.setting),
+        }
+    }
+}
+
 /// What matters of lvm.conf(5), section `devices`.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -37,6 +52,8 @@ pub struct Settings {
     pub use_devicesfile: bool,
     /// `filter` or `global_filter` rejects all that it does not accept, or what Tether exports.
     pub rejects: bool,
+    /// `global_filter` as it is; empty when it is as LVM has it by itself, and so accepts everything.
+    global_filter: String,
 }
 
 impl Settings {
@@ -46,19 +63,44 @@ impl Settings {
             let line = text.lines().find_map(|line| line.trim().strip_prefix(key)?.strip_prefix('='));
             line.unwrap_or_default()
         };
-        // One that rejects everything, or that has the beginning of LIO's WWNs.
-        let rejects = |key: &str| {
-            let mut rejected = value(key).split('"').filter_map(|text| text.strip_prefix('r'));
-            rejected.any(|pattern| {
-                let inner = pattern.get(1..pattern.len().saturating_sub(1)).unwrap_or_default();
-                inner == ".*" || inner.contains("6001405")
-            })
-        };
+        let global_filter = value("global_filter");
         Self {
             scan_lvs: value("scan_lvs") == "1",
             use_devicesfile: value("use_devicesfile") == "1",
-            rejects: rejects("filter") || rejects("global_filter"),
+            rejects: rejects(value("filter")) || rejects(global_filter),
+            global_filter: if global_filter == STOCK_FILTER { "" } else { global_filter }.to_owned(),
         }
+    }
+}
+
+/// What LVM has when nobody has set a filter.
+const STOCK_FILTER: &str = "[\"a|.*|\"]";
+
+/// The names of a disk of LIO that was attached, as far as they do not differ from disk to disk.
+const NAMES: [&str; 2] = ["/dev/sd", "/dev/disk/by-id/wwn-0x6001405"];
+
+/// Does a filter reject disks of LIO? Of each name the first pattern that matches decides; a device is rejected when a name of it
+/// is, and none is accepted (lvm.conf(5), `devices/filter`). Patterns are not interpreted, but for their beginning and end.
+fn rejects(filter: &str) -> bool {
+    let decide = |name: &str| {
+        let mut patterns = filter.split('"').filter(|text| text.starts_with(['a', 'r']) && text.len() >= 3);
+        patterns.find(|text| matches(text, name)).map(|text| text.starts_with('r'))
+    };
+    let decided = NAMES.map(decide);
+    decided.contains(&Some(true)) && !decided.contains(&Some(false))
+}
+
+/// Whether a pattern matches whatever begins with this name. In doubt one that accepts does, and one that rejects does not.
+fn matches(pattern: &str, name: &str) -> bool {
+    let inner = pattern.get(2..pattern.len() - 1).unwrap_or_default();
+    let anchored = inner.starts_with('^');
+    let inner = inner.trim_start_matches('^');
+    let end = inner.find(|c| "$.*?+[(|\\".contains(c)).unwrap_or(inner.len());
+    let (literal, rest) = inner.split_at(end);
+    let begins = name.starts_with(literal) || (!anchored && name.contains(literal));
+    match pattern.starts_with('a') {
+        true => begins || literal.starts_with(name),
+        false => begins && (["", ".*", ".*$", ".*/", ".*/.*"].contains(&rest) || literal.contains("6001405")),
     }
 }
 
@@ -117,6 +159,12 @@ fn parse_devices(json: &str) -> Result<Vec<Row>, String> {
     Ok(reports.report.into_iter().flat_map(|report| report.pv).collect())
 }
 
+/// What a fuzzer gives to the parsers of this check.
+#[cfg(fuzzing)]
+pub fn fuzz(text: &str) {
+    drop((Settings::parse(text), parse_devices(text)));
+}
+
 fn seen(guests: Guests, row: &Row) -> Option<Seen> {
     let node = std::fs::canonicalize(&row.pv_name).ok()?;
     let device = node.file_name()?.to_str()?.to_owned();
@@ -126,15 +174,19 @@ fn seen(guests: Guests, row: &Row) -> Option<Seen> {
 }
 
 fn judge(guests: Guests, settings: &Settings, seen: &[Seen]) -> Vec<Finding> {
-    let hide = format!("printf 'devices {{\\n\\t{}\\n}}\\n' >>/etc/lvm/lvmlocal.conf", guests.setting);
+    let hide = guests.hide(settings);
     let mut findings = Vec::new();
     for one in seen.iter().filter(|one| !one.volume_group.is_empty()) {
         let Seen { device, volume_group, active } = one;
         let state = if *active { ", and it is active here" } else { "" };
         let found =
             format!("LVM of this host sees volume group {volume_group} of a guest on {device}{state}");
-        // Once it is hidden, LVM cannot deactivate it any more.
-        let first = if *active { format!("vgchange -an {volume_group}\n") } else { String::new() };
+        // Once it is hidden, LVM cannot deactivate it any more. A guest chose the name, and root is to paste it: lvm(8), "VALID NAMES".
+        let is_name = volume_group.chars().all(|c| c.is_ascii_alphanumeric() || "+_.-".contains(c));
+        let first = match *active && is_name && !volume_group.starts_with('-') {
+            true => format!("vgchange -an {volume_group}\n"),
+            false => String::new(),
+        };
         findings.push(Finding::error(CHECK, found, WHY).mend(first + &hide));
     }
     if !findings.is_empty() {
@@ -151,6 +203,7 @@ fn judge(guests: Guests, settings: &Settings, seen: &[Seen]) -> Vec<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use tether_proto::Severity;
 
     /// Debian 12, LVM 2.03.16, as installed.
@@ -174,6 +227,28 @@ mod tests {
     fn f10_settings_are_understood() {
         assert_eq!(Settings::parse(STOCK), Settings::default());
         assert!(Settings::parse(HIDDEN).rejects);
+        let with = |filter: &str| {
+            Settings::parse(&STOCK.replace("global_filter=[\"a|.*|\"]", &format!("global_filter={filter}")))
+        };
+        // The first that matches a name decides, and a device is used when any of its names is accepted.
+        for (filter, rejects) in [
+            ("[\"a|^/dev/vda3$|\",\"r|.*|\"]", true),
+            ("[\"r|.*|\",\"a|.*|\"]", true),
+            ("[\"a|^/dev/nvme.*|\",\"r/.*/\"]", true),
+            ("[\"r|^/dev/sd.*|\",\"r|^/dev/disk/.*|\"]", true),
+            ("[\"r|^/dev/disk/by-id/wwn-0x6001405|\",\"a|.*|\"]", false),
+            ("[\"r|^/dev/disk/by-id/wwn-0x6001405|\",\"a|.*/|\"]", false),
+            ("[\"a|^/dev/sd.*|\",\"r|.*|\"]", false),
+            ("[\"a|^/dev/sda$|\",\"r|.*|\"]", false),
+            ("[\"r|^/dev/sdz$|\"]", false),
+        ] {
+            assert_eq!(with(filter).rejects, rejects, "{filter}");
+        }
+        // One that rejects other devices hides no guest's, and is not to be lost.
+        let others = with("[\"r|^/dev/zd.*|\"]");
+        assert!(!others.rejects);
+        let mend = &judge(GUESTS, &others, &[])[0].mend;
+        assert!(mend.contains("r|^/dev/zd.*|") && mend.contains("r|x|") && !mend.contains(">>"), "{mend}");
         let text = STOCK.replace("scan_lvs=0", "scan_lvs=1").replace("devicesfile=0", "devicesfile=1");
         let settings = Settings::parse(&text);
         assert!(settings.scan_lvs && settings.use_devicesfile && !settings.rejects);
@@ -194,6 +269,23 @@ mod tests {
         assert!(found[0].found.ends_with("(now: sda)"), "{found:?}");
         assert_eq!(judge(GUESTS, &stock, &[])[0].severity, Severity::Warning);
         assert_eq!(judge(GUESTS, &hidden, &[])[0].severity, Severity::Ok);
+    }
+
+    proptest! {
+        #[test]
+        fn f10_whatever_a_guest_calls_its_volume_group_no_more_than_its_name_gets_into_a_command(name in ".{1,20}") {
+            let found = judge(GUESTS, &Settings::default(), &[seen(&name, true)]);
+            let first = found[0].mend.lines().next().unwrap();
+            let rest = first.strip_prefix("vgchange -an ").unwrap_or_default();
+            prop_assert!(rest.chars().all(|c| c.is_ascii_alphanumeric() || "+_.-".contains(c)), "{first}");
+            prop_assert!(rest.is_empty() || rest == name);
+        }
+
+        #[test]
+        fn f10_whatever_lvm_says_is_no_surprise(text in any::<String>()) {
+            let _settings = Settings::parse(&text);
+            prop_assert!(parse_devices(&text).is_err());
+        }
     }
 
     #[test]

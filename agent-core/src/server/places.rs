@@ -3,7 +3,7 @@
 //! has got in takes a place of its client's.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
@@ -41,7 +41,7 @@ impl Handshakes {
     /// either still silent or not. So a flood takes its own places away, and a client that says its hello at once is not
     /// among those who say nothing, also when it comes from where they are.
     pub(super) fn enter(&self, address: IpAddr) -> Handshake {
-        let (address, evicted) = (address.to_canonical(), CancellationToken::new());
+        let (address, evicted) = (one_peer(address), CancellationToken::new());
         let mut under_way = lock(&self.under_way);
         under_way.push(UnderWay { address, said_hello: false, evicted: evicted.clone() });
         if under_way.len() > self.most {
@@ -125,6 +125,14 @@ impl Drop for Place {
     }
 }
 
+/// What one host can call itself: over IPv6 any address of its link's network (RFC 7421), so they are one.
+pub(crate) fn one_peer(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
+        address => address,
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each change is one insert or remove; a panic elsewhere cannot leave it half done.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -175,6 +183,15 @@ mod tests {
         let other = handshakes.enter("192.0.2.2".parse().unwrap());
         let _second = handshakes.enter("::ffff:192.0.2.1".parse().unwrap());
         assert!(first.evicted.is_cancelled() && !other.evicted.is_cancelled());
+    }
+
+    #[test]
+    fn a_host_with_a_network_of_addresses_is_one() {
+        let handshakes = Handshakes::new(3);
+        let other = handshakes.enter("2001:db8:0:2::1".parse().unwrap());
+        let flood =
+            [1, 2, 3].map(|last| handshakes.enter(Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 7, last).into()));
+        assert!(flood[0].evicted.is_cancelled() && !other.evicted.is_cancelled());
     }
 
     #[test]
