@@ -136,7 +136,7 @@ impl Config {
         Self::parse(&text, &path)
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Self> {
+    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
         let source = Source { text, path };
         let file: File = toml::from_str(text).map_err(|error| {
             source
@@ -301,6 +301,9 @@ impl Source<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::btree_map;
+    use proptest::prelude::*;
+    use std::net::Ipv6Addr;
 
     fn refused(text: &str) -> Box<Failure> {
         Config::parse(text, Path::new("/c/tether.toml")).unwrap_err()
@@ -366,5 +369,57 @@ mod tests {
         assert_eq!(find(Some(Path::new("/y.toml")), &environment).unwrap(), Path::new("/y.toml"));
         let failure = refused("");
         assert!(failure.next.unwrap().contains("tether pki init"));
+    }
+
+    #[test]
+    fn a_key_that_others_may_read_is_refused_with_the_command_that_mends_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, mode: u32| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, "-----BEGIN CERTIFICATE-----\n-----BEGIN PRIVATE KEY-----\n").unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            path
+        };
+        let (certificate, key) = (file("c.crt", 0o644), file("c.key", 0o640));
+        let text = format!(
+            "[tls]\nca = {certificate:?}\ncertificate = {certificate:?}\nkey = {key:?}\n\
+             [storage.s1]\naddress = \"s1:7440\"\n"
+        );
+        let failure = refused(&text);
+        assert!(
+            failure.message.contains("line 4") && failure.message.contains("mode 0640"),
+            "{}",
+            failure.message
+        );
+        assert_eq!(failure.next.as_deref(), Some(&*format!("chmod 600 {}", key.display())));
+        file("c.key", 0o600);
+        assert!(Config::parse(&text, Path::new("/c/tether.toml")).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn what_no_config_can_be_is_refused_with_a_next_step_and_nothing_else_happens(text in any::<String>()) {
+            let failure = refused(&text);
+            prop_assert!(failure.message.starts_with("/c/tether.toml"), "{}", failure.message);
+            prop_assert!(failure.next.is_some());
+        }
+
+        #[test]
+        fn every_host_is_found_by_its_name_and_reached_at_its_address(
+            hosts in btree_map("[a-zA-Z0-9_-]{1,12}", (any::<Ipv6Addr>(), 1_u16..), 1..5),
+        ) {
+            let text: String = hosts
+                .iter()
+                .map(|(name, (ip, port))| format!("[compute.{name}]\naddress = \"[{ip}]:{port}\"\n"))
+                .chain(["[danger]\nplaintext = true\n".to_owned()])
+                .collect();
+            let config = Config::parse(&text, Path::new("/c/tether.toml")).unwrap();
+            prop_assert_eq!(config.hosts(Kind::Compute).len(), hosts.len());
+            for (name, (ip, port)) in &hosts {
+                let host = config.host(Kind::Compute, Some(name)).unwrap();
+                prop_assert_eq!(&host.address, &Address::Tcp(format!("[{ip}]:{port}")));
+                prop_assert!(&host.server_name == name && config.host(Kind::Storage, Some(name)).is_err());
+            }
+        }
     }
 }

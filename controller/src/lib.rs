@@ -20,6 +20,8 @@ mod detach;
 mod doctor;
 mod extend;
 mod failure;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod objects;
 mod overview;
 mod pki;

@@ -1,5 +1,5 @@
 //! Tether in the lab: installs the packages on the hosts, with certificates and configs, and runs the `tether` command of
-//! this machine against them.
+//! its package against them, on this machine.
 //!
 //! Not here: building (`tests/lab`, `tests/run` and the quickstart do that before), and what tests do with it.
 
@@ -52,7 +52,7 @@ impl Tether {
     /// When something was not built, or the agents do not start.
     pub async fn install(lab: &Lab) -> anyhow::Result<Self> {
         let binaries = binaries()?;
-        let program = binaries.join("tether");
+        let program = unpacked_command(&binaries).await?;
         let pki = pki(&program).await?;
         let agents = Agents {
             storage: host_setup(&binaries, &pki, "storage", &storage_config())?,
@@ -210,6 +210,19 @@ fn binaries() -> anyhow::Result<PathBuf> {
         );
     }
     Ok(folder)
+}
+
+/// The `tether` command out of its package, as it gets to a user.
+async fn unpacked_command(binaries: &Path) -> anyhow::Result<PathBuf> {
+    let (_, content) = package(binaries, "tether")?;
+    let key = cache::key([content.as_slice()]);
+    let folder = cache::entry("command", &key, async |folder| {
+        let archive = folder.join("tether.deb");
+        std::fs::write(&archive, &content)?;
+        CommandLine::new("dpkg-deb").arg("--extract").arg(&archive).arg(&folder).run().await?;
+        Ok(std::fs::remove_file(&archive)?)
+    });
+    Ok(folder.await?.join("usr/bin/tether"))
 }
 
 /// Certificates for the lab, made once by `tether pki` itself.

@@ -1,11 +1,17 @@
 //! `tether doctor` over both hosts: what they find, what is between them, and the exit code by the worst of it.
 
+use std::collections::BTreeSet;
+
 use tether_proto::{Finding, wire};
 
 use crate::fakes::{Lab, lock};
 
 fn endpoint(listening: bool) -> wire::Endpoint {
-    wire::Endpoint { address: "10.0.0.1:3260".into(), transport: wire::Transport::Iscsi.into(), listening }
+    endpoint_at("10.0.0.1:3260".into(), listening)
+}
+
+fn endpoint_at(address: String, listening: bool) -> wire::Endpoint {
+    wire::Endpoint { address, transport: wire::Transport::Iscsi.into(), listening }
 }
 
 #[tokio::test]
@@ -52,6 +58,23 @@ async fn the_exit_code_is_that_of_the_worst_finding_and_the_table_begins_with_it
         (Some("compute1"), Some("open-iscsi-lock"))
     );
     assert_eq!(first["mend"], "rm /run/lock/iscsi/lock.write");
+}
+
+#[tokio::test]
+async fn each_of_many_addresses_is_tried_also_those_that_one_call_has_no_room_for() {
+    let lab = Lab::up().await;
+    let addresses: Vec<String> = (1..=130).map(|last| format!("10.0.0.{last}:3260")).collect();
+    lock(&lab.storage.diagnosis).endpoints =
+        addresses.iter().map(|address| endpoint_at(address.clone(), true)).collect();
+    let json = lab.tether(&["--json", "doctor"]).await.json();
+    let reached: BTreeSet<&str> = json["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|finding| finding["found"].as_str()?.strip_prefix("it reaches "))
+        .flat_map(|found| found.split(", "))
+        .collect();
+    assert_eq!(reached, addresses.iter().map(String::as_str).collect());
 }
 
 #[tokio::test]

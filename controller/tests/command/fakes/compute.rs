@@ -152,6 +152,10 @@ impl ComputeAgent for FakeComputeAgent {
     async fn diagnose(&self, request: Request<wire::DiagnoseRequest>) -> Reply<wire::DiagnoseResponse> {
         self.agent.begin("Diagnose").await?;
         let mut diagnosis = diagnosis(&self.diagnosis);
+        // compute.proto, DiagnoseRequest.reach.
+        if request.get_ref().reach.len() > 64 {
+            return Err(refusal(Code::InvalidArgument, "BAD_REQUEST", "more than 64 addresses", &[]));
+        }
         for address in request.into_inner().reach {
             if !diagnosis.reached.iter().any(|reached| reached.address == address) {
                 diagnosis.reached.push(wire::Reached { address, answered: true, ..Default::default() });
