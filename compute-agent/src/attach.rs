@@ -75,6 +75,7 @@ impl Attachments {
             if phase != Some(Phase::Attached) || attachment.connection.size != recorded_size {
                 let record = AttachmentRecord::new(id, Phase::Attached, &attachment);
                 self.write(steps, "close-journal", &record).await?;
+                self.hold_no_more(id, &attachment).await;
             }
             Ok((changed, self.status(id, Phase::Attached, &attachment, &views)?))
         }
@@ -230,10 +231,12 @@ impl Attachments {
             }
             return self.forget(steps, id, failure).await;
         }
-        let undone = self.take_away(steps, id, &attachment, self.guest_deadline, &mut Force::off()).await;
+        let mut stops = Force::off();
+        let undone = self.take_away(steps, id, &attachment, self.guest_deadline, &mut stops).await;
         if let Err(error) = undone {
             let step = error.step.unwrap_or("undo");
             failure.undo.push(format!("{step}: {error}"));
+            failure.undo.extend(self.keep_losses(steps, id, &attachment, &stops).await);
             return failure;
         }
         self.forget(steps, id, failure).await

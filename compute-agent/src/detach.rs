@@ -16,6 +16,7 @@ use tether_proto::{AttachmentId, DiskCache, Transport};
 use crate::attachments::{Attachments, Views};
 use crate::hypervisor::domain_xml::alias_of;
 use crate::hypervisor::libvirt::Unplug;
+use crate::over_nfs::file_of;
 use crate::record::{Attachment, AttachmentRecord, Phase};
 
 /// How often a domain may change under a detach before it gives up.
@@ -50,13 +51,7 @@ impl Attachments {
         }
         let taken = self.take_away(steps, id, &attachment, guest_deadline, &mut force).await;
         if let Err(mut failure) = taken {
-            if !force.may_be_lost().is_empty() {
-                let record = AttachmentRecord::new(id, Phase::Detaching, &attachment).forced_by(&force);
-                let kept = self.write(steps, "write-losses", &record).await;
-                failure
-                    .undo
-                    .extend(kept.err().map(|error| format!("what may be lost is not recorded: {error}")));
-            }
+            failure.undo.extend(self.keep_losses(steps, id, &attachment, &force).await);
             return Err(failure);
         }
         let ended = AttachmentRecord::ended(id).forced_by(&force);
@@ -68,6 +63,31 @@ impl Attachments {
         closed?;
         tracing::info!(domain = %attachment.domain_name, forced = force.is_on(), "detached");
         Ok((Outcome::Removed, force.may_be_lost().to_vec()))
+    }
+
+    /// Writes down what may be lost by a removal that stopped; from then on it is a detach, which people go on with. Gives what to
+    /// tell beside the cause when it could not be written.
+    pub(crate) async fn keep_losses(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: &Attachment,
+        force: &Force,
+    ) -> Option<String> {
+        if force.may_be_lost().is_empty() {
+            return None;
+        }
+        let record = AttachmentRecord::new(id, Phase::Detaching, attachment).forced_by(force);
+        let kept = self.write(steps, "write-losses", &record).await;
+        kept.err().map(|error| format!("what may be lost is not recorded: {error}"))
+    }
+
+    /// Nothing is held for a flush that is not to come.
+    pub(crate) async fn hold_no_more(&self, id: AttachmentId, attachment: &Attachment) {
+        self.held_disks().remove(&id);
+        if let (Transport::Nfs(nfs), Some(mount)) = (&attachment.connection.transport, &attachment.mount) {
+            self.mounts.let_go(mount, &file_of(mount, nfs)).await;
+        }
     }
 
     /// Takes away whatever there is of an attachment. Stops where something does not let go, and what is below it stays,

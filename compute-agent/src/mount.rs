@@ -295,6 +295,11 @@ impl Mounts {
         self.ask_to_flush(mount, path, Question::Hold(path.to_owned()), LOOK_DEADLINE).await
     }
 
+    /// Holds a file open no longer.
+    pub(crate) async fn let_go(&self, mount: &Mount, path: &Path) {
+        self.helpers.let_go(mount, path).await;
+    }
+
     /// Writes what this host holds of a file to the server.
     pub(crate) async fn flush(&self, mount: &Mount, path: &Path) -> Result<(), MountError> {
         self.ask_to_flush(mount, path, Question::Flush(path.to_owned()), FLUSH_DEADLINE).await

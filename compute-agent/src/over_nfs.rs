@@ -216,6 +216,7 @@ impl Attachments {
                 attachment.domain_name
             )));
         }
+        self.mounts.let_go(mount, &file_of(mount, nfs)).await;
         // Out of the count first, under the turn: of two that leave at once, the second must see that it is the last.
         self.stop_using(mount, id);
         if self.is_used(mount, id) {
@@ -270,8 +271,8 @@ impl Attachments {
                         Ok(())
                     }
                     Err(error) => {
-                        // When the kernel was not asked, or has not answered, the next flush finds all of it.
-                        if matches!(error, MountError::File { .. }) {
+                        // When nobody was asked, the next flush finds all of it.
+                        if !matches!(error, MountError::Stuck(_)) {
                             lost_by_flush(attachment, &error, force);
                         }
                         Err(Failure { reason: Reason::FlushFailed, ..Failure::from(error) }.next(format!(
@@ -320,7 +321,7 @@ impl Attachments {
     }
 }
 
-fn file_of(mount: &Mount, nfs: &NfsConnection) -> PathBuf {
+pub(crate) fn file_of(mount: &Mount, nfs: &NfsConnection) -> PathBuf {
     mount.directory.join(nfs.file.as_str())
 }
 

@@ -65,6 +65,7 @@ impl Attachments {
             // that starts without it does not start. It is finished or taken back once libvirt is there.
             record.attachment.as_ref().is_some_and(|attachment| {
                 !attachment.options.live_only
+                    && !flush_failed(record.forced, &record.may_be_lost)
                     && (record.phase == Phase::Attached || attachment.plan.is_some())
             })
         });
@@ -158,8 +159,7 @@ impl Attachments {
                 }
                 // It was asked, and its caller was told: nobody asks it again and again.
                 Err(failure)
-                    if action == ReconcileAction::Finish
-                        && matches!(failure.reason, Reason::GuestHoldsDevice | Reason::FlushFailed) =>
+                    if action == ReconcileAction::Finish && failure.reason == Reason::GuestHoldsDevice =>
                 {
                     findings.ended(OBJECT, &id.to_string(), ReconcileAction::Report, why, Err(failure));
                 }
@@ -229,7 +229,11 @@ impl Attachments {
             }
             (Phase::Attaching, Some(attachment)) => {
                 let mut stops = Force::off();
-                self.take_away(steps, id, &attachment, self.guest_deadline, &mut stops).await?;
+                let undone = self.take_away(steps, id, &attachment, self.guest_deadline, &mut stops).await;
+                if let Err(mut failure) = undone {
+                    failure.undo.extend(self.keep_losses(steps, id, &attachment, &stops).await);
+                    return Err(failure);
+                }
                 let (journal, asked) = (self.journal.clone(), key.clone());
                 let removed = steps.run_blocking("undo-write-journal", move || journal.remove(&asked)).await;
                 // What has no record has nothing any more, whatever became of the step.

@@ -116,7 +116,13 @@ async fn delete(session: &Session, volume: &VolumeKey, host: &StorageHost) -> Re
     let agent = connect(session, host).await?;
     begins(session, &format!("delete {volume}"), &volume.to_string());
     // What is not there, or not as it should be, is for the agent to judge.
-    let meant = get(session, &agent, volume).await.map(|found| found.uuid).unwrap_or_default();
+    let meant = match get(session, &agent, volume).await {
+        Ok(found) => found.uuid,
+        Err(failure) if matches!(failure.code, Code::Unavailable | Code::DeadlineExceeded) => {
+            return Err(failure);
+        }
+        Err(_) => String::new(),
+    };
     let request = wire::DeleteVolumeRequest {
         pool: volume.pool.to_string(),
         volume: volume.volume.to_string(),

@@ -77,7 +77,8 @@ impl Settings {
 const STOCK_FILTER: &str = "[\"a|.*|\"]";
 
 /// The names of a disk of LIO that was attached, as far as they do not differ from disk to disk.
-const NAMES: [&str; 2] = ["/dev/sd", "/dev/disk/by-id/wwn-0x6001405"];
+const NAMES: [&str; 4] =
+    ["/dev/sd", "/dev/disk/by-id/wwn-0x6001405", "/dev/disk/by-id/scsi-36001405", "/dev/disk/by-path/ip-"];
 
 /// Does a filter reject disks of LIO? Of each name the first pattern that matches decides; a device is rejected when a name of it
 /// is, and none is accepted (lvm.conf(5), `devices/filter`). Patterns are not interpreted, but for their beginning and end.
@@ -240,6 +241,7 @@ mod tests {
             ("[\"r|^/dev/disk/by-id/wwn-0x6001405|\",\"a|.*/|\"]", false),
             ("[\"a|^/dev/sd.*|\",\"r|.*|\"]", false),
             ("[\"a|^/dev/sda$|\",\"r|.*|\"]", false),
+            ("[\"a|^/dev/disk/by-path/.*|\",\"r|.*|\"]", false),
             ("[\"r|^/dev/sdz$|\"]", false),
         ] {
             assert_eq!(with(filter).rejects, rejects, "{filter}");

@@ -90,8 +90,12 @@ pub(crate) fn open(disk: &str) -> Result<File, DeviceError> {
 /// Writes what the host has cached of the disk, and the disk's own cache, to the storage host. Tells what failed of that since
 /// `held` was opened. Blocks; hangs when the session is lost.
 pub(crate) fn flush(disk: &str, held: Option<File>) -> Result<(), DeviceError> {
-    let file = held.map_or_else(|| open(disk), Ok)?;
-    file.sync_all().map_err(fail("flushing", &Path::new("/dev").join(disk)))
+    let flushing = Path::new("/dev").join(disk);
+    if let Some(held) = held {
+        held.sync_all().map_err(fail("flushing", &flushing))?;
+    }
+    // What was held may have been another disk of the same name: the session may have been made anew.
+    open(disk)?.sync_all().map_err(fail("flushing", &flushing))
 }
 
 /// Takes the disk off the host. Blocks until the kernel has let go of it.

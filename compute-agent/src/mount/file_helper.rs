@@ -117,8 +117,14 @@ fn hold(path: &Path, held: &mut Held) -> io::Result<()> {
 }
 
 fn flush(path: &Path, held: &mut Held) -> io::Result<()> {
-    let file = held.remove(path).map_or_else(|| open(path), Ok)?;
-    file.sync_all()
+    let Some(file) = held.remove(path) else { return open(path)?.sync_all() };
+    file.sync_all().map_err(|error| match error.raw_os_error() {
+        // Where the directory itself is given no more, nobody can say that the file is gone.
+        Some(errno) if errno == nix::Error::ESTALE as i32 && ask_again(path).is_err() => {
+            io::Error::other(format!("the server gives the directory no more ({error})"))
+        }
+        _ => error,
+    })
 }
 
 /// The client remembers which file a name leads to until it hears that the directory has changed, so it is made to ask.

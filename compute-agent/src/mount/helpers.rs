@@ -2,7 +2,7 @@
 //! ended keeps busy. Not here: what a helper does (`file_helper`), and when it is asked.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -68,14 +68,19 @@ impl Helpers {
         let was_kept = kept.is_some();
         let mut helper = kept.map_or_else(new_helper, Ok)?;
         let mut answer = helper.ask(&text, deadline).await;
-        if was_kept && matches!(answer, Err(CommandError::Io { .. })) {
+        // What a helper that died had held, another one cannot tell.
+        let flushes = was_kept && matches!(question, Question::Flush(_));
+        if was_kept && !flushes && matches!(answer, Err(CommandError::Io { .. })) {
             helper = new_helper()?;
             answer = helper.ask(&text, deadline).await;
         }
         match answer {
             Ok(answer) => {
                 match question {
-                    Question::Flush(_) => self.end_one(mount, &duty, helper).await,
+                    Question::Flush(_) => {
+                        self.slots().remove(&(mount.directory.clone(), duty.clone()));
+                        self.end_one(mount, &duty, helper).await;
+                    }
                     _ => *held = Some(helper),
                 }
                 serde_json::from_str(&answer).map_err(|error| MountError::Report(error.to_string()))
@@ -96,6 +101,18 @@ impl Helpers {
             *held = Some(new_helper()?);
         }
         Ok(())
+    }
+
+    /// Ends the helper that holds a file, if there is one.
+    pub(super) async fn let_go(&self, mount: &Mount, path: &Path) {
+        let duty = Duty::Flush(path.to_owned());
+        let slot = self.slots().remove(&(mount.directory.clone(), duty.clone()));
+        let Some(slot) = slot else { return };
+        // One that is busy is with whoever asked it.
+        let helper = slot.try_lock_owned().ok().and_then(|mut held| held.take());
+        if let Some(helper) = helper {
+            self.end_one(mount, &duty, helper).await;
+        }
     }
 
     /// Ends the mount's helpers.

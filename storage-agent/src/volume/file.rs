@@ -223,7 +223,13 @@ impl Volumes {
         // A directory whose file system is not mounted has no files, which must not be taken for an answer.
         steps.run("check-pool", self.pools.use_directory(&key.pool, directory)).await?;
         let place = format!("{}/{}", directory.path(), key.volume);
-        self.claims.claim(&place, Claim::Deletion).map_err(|failure| failure.at("validate"))?;
+        if let Err(failure) = self.claims.claim(&place, Claim::Deletion) {
+            // Whoever has it may have another volume of the name.
+            return match (self.pools.file(key), uuid) {
+                (Some(record), Some(uuid)) if record.uuid != uuid => Ok(steps.report(Outcome::Unchanged)),
+                _ => Err(failure.at("validate")),
+            };
+        }
         let outcome = self.remove_file(steps, key, directory, uuid).await;
         self.claims.release(&place, Claim::Deletion);
         Ok(steps.report(outcome?))

@@ -311,7 +311,14 @@ impl Volumes {
         uuid: Option<&str>,
     ) -> Result<OperationReport, Failure> {
         let place = lvm.place(key.volume.as_str());
-        self.claims.claim(&place, Claim::Deletion).map_err(|failure| failure.at("validate"))?;
+        if let Err(failure) = self.claims.claim(&place, Claim::Deletion) {
+            // Whoever has it may have another volume of the name.
+            let found = lvm.find(key.volume.as_str()).await?;
+            return match (found, uuid) {
+                (Some(lv), Some(uuid)) if lv.uuid != uuid => Ok(steps.report(Outcome::Unchanged)),
+                _ => Err(failure.at("validate")),
+            };
+        }
         let outcome = self.remove_logical(steps, key, lvm, uuid).await;
         self.claims.release(&place, Claim::Deletion);
         Ok(steps.report(outcome?))
@@ -350,6 +357,7 @@ impl Volumes {
                 outcome = Outcome::Removed;
             }
             // A creation that was cut off left its space behind under the other name.
+            None if uuid.is_some() => {}
             None => {
                 if let Some(leftover) = lvm.find(&format!("{UNWIPED_PREFIX}{}", key.volume)).await? {
                     self.remove_leftover(steps, lvm, &leftover).await?;

@@ -62,6 +62,11 @@ async fn f12_what_is_missing_is_told_by_a_dry_run_and_brought_back() {
     }
     let told = fixture.tether.json(&["reconcile"]).await.unwrap();
     assert_eq!(told["items"].as_array().map(Vec::len), Some(0), "{told:#}");
+    let session = format!(
+        "iscsiadm -m node -T {IQN_PREFIX}:{iscsi} --logout >/dev/null && systemctl reload tether-compute-agent && \
+         for i in $(seq 100); do grep -qs {iscsi} /sys/class/iscsi_session/*/targetname && exit 0; sleep 0.1; done; exit 1"
+    );
+    compute.run(&session).await.expect("SIGHUP brings the session back");
     for id in &ids {
         let shown = fixture.tether.json(&["show", id]).await.unwrap();
         assert_eq!(shown["attachment"]["connected"], true, "{shown:#}");
