@@ -46,7 +46,10 @@ fn main() -> ExitCode {
         &program::COMPUTE_AGENT,
         |config: config::Config, shutdown| async {
             let attachments = Arc::new(attachments::Attachments::open(&config)?);
-            attachments.reconnect_after_boot(&config.state_directory).await;
+            tokio::select! {
+                () = attachments.reconnect_after_boot(&config.state_directory) => {}
+                () = shutdown.cancelled() => {}
+            }
             // The first attach does not wait for the connection to libvirt; an agent whose libvirt is away starts all the same.
             let first = attachments.clone();
             tokio::spawn(async move {
