@@ -77,9 +77,19 @@ impl Attachments {
         if force.may_be_lost().is_empty() {
             return None;
         }
-        let record = AttachmentRecord::new(id, Phase::Detaching, attachment).forced_by(force);
-        let kept = self.write(steps, "write-losses", &record).await;
+        let kept = self.write_losses(steps, id, attachment, force).await;
         kept.err().map(|error| format!("what may be lost is not recorded: {error}"))
+    }
+
+    async fn write_losses(
+        &self,
+        steps: &Steps,
+        id: AttachmentId,
+        attachment: &Attachment,
+        force: &Force,
+    ) -> Result<(), Failure> {
+        let record = AttachmentRecord::new(id, Phase::Detaching, attachment).forced_by(force);
+        self.write(steps, "write-losses", &record).await
     }
 
     /// Nothing is held for a flush that is not to come.
@@ -114,8 +124,7 @@ impl Attachments {
         let was_plugged = force.pass(was_plugged, true, "the domain may still have the disk in its XML")?;
         if force.may_be_lost().len() > known {
             // Whoever goes on after a kill finds nothing in the way any more, and could not tell it.
-            let record = AttachmentRecord::new(id, Phase::Detaching, attachment).forced_by(force);
-            self.write(steps, "write-losses", &record).await?;
+            self.write_losses(steps, id, attachment, force).await?;
         }
         let was_plugged = was_plugged || attachment.plan.is_some();
         match transport {
